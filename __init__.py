@@ -1,0 +1,44 @@
+"""RELISH text regression: predict a number from a text with a frozen LLM, through a feature cache.
+
+The public names load on first use, so that `import relish` imports neither torch nor transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .cache.errors import RelishError as RelishError
+    from .cache.reader import FeatureCache as FeatureCache
+    from .cache.reader import open_cache as open_cache
+    from .evaluate.predict import predict_scores as predict_scores
+    from .evaluate.results import evaluate_runs as evaluate_runs
+    from .extract.pipeline import extract_cache as extract_cache
+    from .train.grid import train_heads as train_heads
+    from .train.head import RelishHead as RelishHead
+    from .train.run import load_head as load_head
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "FeatureCache": ".cache.reader",
+    "RelishError": ".cache.errors",
+    "RelishHead": ".train.head",
+    "evaluate_runs": ".evaluate.results",
+    "extract_cache": ".extract.pipeline",
+    "load_head": ".train.run",
+    "open_cache": ".cache.reader",
+    "predict_scores": ".evaluate.predict",
+    "train_heads": ".train.grid",
+}
+
+__all__ = ["__version__", *_HOME]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'relish' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

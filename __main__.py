@@ -1,0 +1,5 @@
+"""`python -m relish`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,41 @@
+"""The command `relish`: the four stages' commands in one place."""
+
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from .cache.commands import app as cache_app
+from .cache.errors import RelishError
+from .evaluate.commands import register as register_evaluate
+from .extract.commands import register as register_extract
+from .train.commands import register as register_train
+
+
+class _Group(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except RelishError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="RELISH text regression: predict a number from a text with a frozen LLM.\n\n"
+    "extract runs the LLM once and caches its hidden states; train and evaluate work from the cache alone.",
+)
+register_extract(app)
+app.add_typer(cache_app, name="cache")
+register_train(app)
+register_evaluate(app)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

@@ -1,0 +1,1 @@
+"""Stage one: texts through the frozen LLM into a cache."""

@@ -1,0 +1,98 @@
+"""Bytes to and from disk: positioned reads and writes, preallocation, and durable replacement of a file.
+
+Where the platform lacks `preadv`, `pwrite` or `posix_fallocate` (macOS, Windows), a seek and a plain read or write does
+the same.
+"""
+
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+_POSITIONED = hasattr(os, "preadv") and hasattr(os, "pwrite")
+_seek_lock = threading.Lock()  # without preadv, two threads on one descriptor would move each other's position
+
+
+def open_read(path: Path) -> int:
+    """Open a file for `read_into`; the caller closes the descriptor with os.close."""
+    return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+
+
+def read_into(descriptor: int, buffer: memoryview, offset: int) -> int:
+    """Fill `buffer` (bytes) from `offset` on; returns how many bytes the file had, fewer only at its end."""
+    done = 0
+    while done < len(buffer):
+        if _POSITIONED:
+            count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        else:
+            with _seek_lock:
+                os.lseek(descriptor, offset + done, os.SEEK_SET)
+                piece = os.read(descriptor, len(buffer) - done)
+            count = len(piece)
+            buffer[done : done + count] = piece
+        if count == 0:
+            break
+        done += count
+    return done
+
+
+def write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    """Write all of `data` (bytes) at `offset`."""
+    done = 0
+    while done < len(data):
+        if _POSITIONED:
+            done += os.pwrite(descriptor, data[done:], offset + done)
+        else:
+            with _seek_lock:
+                os.lseek(descriptor, offset + done, os.SEEK_SET)
+                done += os.write(descriptor, data[done:])
+
+
+def allocate(descriptor: int, size: int) -> None:
+    """Reserve `size` bytes of disk, so that a full disk shows here and not in the middle of the writing.
+
+    Raises:
+        OSError: if the disk has not that much room.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        os.truncate(descriptor, size)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable; does nothing on Windows, where a folder cannot be opened."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_durably(temporary: Path, final: Path) -> None:
+    """Give a finished, already synced file its name, and make the name durable."""
+    temporary.replace(final)
+    sync_folder(final.parent)
+
+
+def temporary_name(final: Path) -> Path:
+    """The name a file is written under before it is complete: hidden, in the same folder."""
+    return final.with_name(f".{final.name}.tmp")
+
+
+def write_text_durably(final: Path, text: str) -> None:
+    """Write a small text file so that a reader finds either the old content or the new, whole, at any moment."""
+    temporary = temporary_name(final)
+    with temporary.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    replace_durably(temporary, final)
+
+
+def write_json_durably(final: Path, value: Any) -> None:
+    """`write_text_durably` for JSON, indented for people; NaN is refused since JSON has none."""
+    write_text_durably(final, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -1,0 +1,38 @@
+"""What is in a cache and what made it, as data; the command shows it on one screen."""
+
+from typing import Any
+
+from .manifest import Manifest, SplitRecord
+
+
+def cache_info(manifest: Manifest) -> dict[str, Any]:
+    """Figures of a cache: identity, label range, and for each split rows, tokens, bytes and padding overhead."""
+    splits = {name: _split_info(split) for name, split in manifest.splits.items()}
+    return {
+        "identity": manifest.identity.to_json(),
+        "task": manifest.task,
+        "label_range": list(manifest.label_range),
+        "made_by": manifest.made_by,
+        "splits": splits,
+        "bytes": sum(split["bytes"] for split in splits.values()),
+    }
+
+
+def padding_overhead(split: SplitRecord) -> float:
+    """Padded ÷ real token slots of the shards that are there; 1 means no padding."""
+    tokens = sum(shard.tokens for shard in split.shards)
+    return sum(shard.rows * shard.T for shard in split.shards) / tokens if tokens else 1.0
+
+
+def _split_info(split: SplitRecord) -> dict[str, Any]:
+    return {
+        "rows": split.rows,
+        "tokens": split.tokens,
+        "longest": split.longest,
+        "truncated": split.truncated,
+        "shards": len(split.shards),
+        "planned": split.planned,
+        "complete": split.complete,
+        "bytes": sum(shard.bytes for shard in split.shards),
+        "padding_overhead": round(padding_overhead(split), 4),
+    }

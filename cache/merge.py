@@ -1,0 +1,67 @@
+"""Join caches of one identity: their splits come together in a new cache."""
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from .errors import CacheError
+from .fileio import replace_durably, temporary_name
+from .identity import refuse_differences
+from .reader import open_cache
+from .verify import verify_shard
+
+
+def merge_caches(out: Path, caches: list[Path]) -> None:
+    """Copy the splits of several caches into a new one, checking every byte.
+
+    A split may stand in several caches if it was made from the same rows; a complete one is taken before an unfinished
+    one.
+
+    Raises:
+        CacheError: if `out` exists, identities or label ranges differ, a split was made from different rows, or a shard
+            is damaged.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CacheError(f"{out} exists and is not an empty folder; merge into a new one")
+    opened = [open_cache(path) for path in caches]
+    first = opened[0].manifest
+    chosen = {}
+    for cache in opened:
+        manifest = cache.manifest
+        refuse_differences(
+            first.identity,
+            manifest.identity,
+            what=f"the cache {caches[0]}, against {cache.folder},",
+            advice="Only caches of one identity can be merged.",
+        )
+        if manifest.label_range != first.label_range:
+            raise CacheError(
+                f"{cache.folder} has the label range {manifest.label_range}, {caches[0]} has {first.label_range}; "
+                "only caches of one label range can be merged"
+            )
+        for name, split in manifest.splits.items():
+            have = chosen.get(name)
+            if have is not None and have[1].fingerprint != split.fingerprint:
+                raise CacheError(
+                    f"the split {name!r} is in {have[0]} and in {cache.folder}, made from different rows; "
+                    "extract one of them under another split name"
+                )
+            if have is None or len(split.shards) > len(have[1].shards):
+                chosen[name] = (cache.folder, split)
+    out.mkdir(parents=True, exist_ok=True)
+    identity = first.identity
+    for folder, split in chosen.values():
+        for record in split.shards:
+            temporary = temporary_name(out / record.file)
+            shutil.copyfile(folder / record.file, temporary)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            replace_durably(temporary, out / record.file)
+            wrong = verify_shard(
+                out, record, layers=len(identity.layers), width=identity.hidden_size, dtype=identity.dtype
+            )
+            if wrong:
+                (out / record.file).unlink()
+                raise CacheError(f"{folder / record.file} is damaged, nothing was merged: {wrong[0]}")
+    replace(first, splits={name: split for name, (_, split) in chosen.items()}).save(out)

@@ -1,0 +1,261 @@
+"""One shard: an HDF5 file with the hidden states of some rows. README.md in this folder gives its bytes."""
+
+import hashlib
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .dtypes import StorageDtype
+from .errors import CacheError
+from .fileio import allocate, open_read, read_into, replace_durably, temporary_name, write_at
+from .manifest import ShardRecord
+
+if TYPE_CHECKING:
+    import torch
+
+_PIECE = 1 << 22
+
+
+@dataclass(frozen=True)
+class RowIndex:
+    """All of a shard but its hidden states, N rows with T token slots."""
+
+    lengths: np.ndarray
+    """(N,) int64, real tokens; they come first, the rest of the T slots is padding."""
+    input_ids: np.ndarray
+    """(N, T) int32, 0 where padded."""
+    target: np.ndarray
+    """(N,) float64, NaN if unlabelled."""
+    row: np.ndarray
+    """(N,) int64, position in the input file."""
+    ids: np.ndarray
+    """(N,) object, str."""
+    checksum: np.ndarray
+    """(N,) uint32, CRC-32 of the hidden states of the row's real tokens (layer by layer)."""
+
+
+@dataclass(frozen=True)
+class HiddenLayout:
+    """Where each row's hidden states lie: (N, T, D), or (N, K, T, D) for K > 1 layers, C-contiguous."""
+
+    layers: int
+    T: int
+    width: int
+    dtype: StorageDtype
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token at one layer."""
+        return self.width * self.dtype.itemsize
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row, padding included."""
+        return self.layers * self.T * self.token_bytes
+
+    def shape(self, rows: int) -> tuple[int, ...]:
+        """Shape of the dataset `hidden`."""
+        return (rows, self.T, self.width) if self.layers == 1 else (rows, self.layers, self.T, self.width)
+
+    def place(self, position: int, layer: int) -> int:
+        """Byte of a row's first token at a layer (0..K-1), from the beginning of the dataset."""
+        return position * self.row_bytes + layer * self.T * self.token_bytes
+
+
+class ShardWriter:
+    """Writes one shard under a temporary name; `commit` gives it its own.
+
+    HDF5 only lays the file out. The bytes go in afterwards, directly: through HDF5 a killed process would leave a shard
+    that opens and reads zeros, and a full disk would crash the interpreter at exit.
+    """
+
+    def __init__(
+        self,
+        final: Path,
+        *,
+        layers: int,
+        width: int,
+        dtype: StorageDtype,
+        input_ids: list[np.ndarray],
+        target: np.ndarray,
+        row: np.ndarray,
+        ids: list[str],
+    ) -> None:
+        self._final = final
+        self._temporary = temporary_name(final)
+        self._lengths = np.array([len(tokens) for tokens in input_ids], dtype=np.int64)
+        self.layout = HiddenLayout(layers, int(self._lengths.max()), width, dtype)
+        self._checksum = np.zeros(len(input_ids), dtype="<u4")
+        columns, places, size = _lay_out(self._temporary, self.layout, input_ids, target, row, ids)
+        self._hidden = places.pop("hidden")
+        self._checksum_place = places.pop("checksum")
+        self._descriptor = os.open(self._temporary, os.O_RDWR | getattr(os, "O_BINARY", 0))
+        allocate(self._descriptor, size)
+        for name, place in places.items():
+            write_at(self._descriptor, memoryview(columns[name]).cast("B"), place)
+
+    def write(self, position: int, states: "torch.Tensor") -> None:
+        """Write one row's real tokens.
+
+        Args:
+            position: which row of the shard.
+            states: (K, n, D) in the storage dtype, on the CPU, n the row's number of real tokens.
+        """
+        import torch
+
+        crc = 0
+        for layer, values in enumerate(states):
+            data = memoryview(values.contiguous().view(torch.uint8).numpy()).cast("B")
+            write_at(self._descriptor, data, self._hidden + self.layout.place(position, layer))
+            crc = zlib.crc32(data, crc)
+        self._checksum[position] = crc
+
+    def commit(self) -> ShardRecord:
+        """Make the shard durable under its own name, and return its record for the manifest."""
+        write_at(self._descriptor, memoryview(self._checksum).cast("B"), self._checksum_place)
+        os.fsync(self._descriptor)
+        size = os.fstat(self._descriptor).st_size
+        rows = len(self._lengths)
+        digest = _hash_around(self._descriptor, size, self._hidden, rows * self.layout.row_bytes)
+        os.close(self._descriptor)
+        replace_durably(self._temporary, self._final)
+        return ShardRecord(
+            file=self._final.name,
+            rows=rows,
+            bytes=size,
+            tokens=int(self._lengths.sum()),
+            T=self.layout.T,
+            offset=self._hidden,
+            sha256=digest,
+        )
+
+    def abandon(self) -> None:
+        """Drop the temporary file."""
+        os.close(self._descriptor)
+        self._temporary.unlink(missing_ok=True)
+
+
+def read_index(folder: Path, record: ShardRecord, layout: HiddenLayout) -> RowIndex:
+    """Read all of a shard but its hidden states, after checking size and hash of those bytes.
+
+    Raises:
+        CacheError: naming the shard, if it is missing, truncated or changed.
+    """
+    import h5py
+
+    path = folder / record.file
+    check_index(path, record, layout)
+    try:
+        with h5py.File(path, "r") as file:
+            ids = _read(file, "id")
+            return RowIndex(
+                lengths=_read(file, "mask").sum(axis=1, dtype=np.int64),
+                input_ids=_read(file, "input_ids"),
+                target=_read(file, "target"),
+                row=_read(file, "row"),
+                ids=np.array([value.decode("utf-8") for value in ids], dtype=object),
+                checksum=_read(file, "checksum"),
+            )
+    except (OSError, KeyError, ValueError, RuntimeError) as error:
+        raise CacheError(f"{path} is not a shard this relish can read ({error}); {_way_out()}") from None
+
+
+def check_index(path: Path, record: ShardRecord, layout: HiddenLayout) -> None:
+    """Check a shard's size, and the hash of all its bytes but the hidden states.
+
+    Raises:
+        CacheError: naming the shard and what is wrong with it.
+    """
+    try:
+        descriptor = open_read(path)
+    except OSError as error:
+        raise CacheError(f"the shard {path} cannot be opened ({error.strerror}); {_way_out()}") from None
+    try:
+        size = os.fstat(descriptor).st_size
+        if size != record.bytes:
+            raise CacheError(f"the shard {path} has {size} bytes, {record.bytes} were written; {_way_out()}")
+        digest = _hash_around(descriptor, size, record.offset, record.rows * layout.row_bytes)
+    finally:
+        os.close(descriptor)
+    if digest != record.sha256:
+        raise CacheError(f"the shard {path} is damaged outside its hidden states (its hash differs); {_way_out()}")
+
+
+def _way_out() -> str:
+    return "restore it from a copy, or delete the cache and extract again"
+
+
+def _read(file: Any, name: str) -> np.ndarray:
+    return file[name][()]
+
+
+def _hash_around(descriptor: int, size: int, start: int, length: int) -> str:
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(min(_PIECE, max(size, 1))))
+    for low, high in ((0, start), (start + length, size)):
+        while low < high:
+            piece = buffer[: min(len(buffer), high - low)]
+            count = read_into(descriptor, piece, low)
+            if count == 0:
+                break
+            digest.update(piece[:count])
+            low += count
+    return digest.hexdigest()
+
+
+def _lay_out(
+    path: Path,
+    layout: HiddenLayout,
+    input_ids: list[np.ndarray],
+    target: np.ndarray,
+    row: np.ndarray,
+    ids: list[str],
+) -> tuple[dict[str, np.ndarray], dict[str, int], int]:
+    """Create the file with empty datasets; return the small columns, each dataset's place, and the file's size."""
+    import h5py
+    from h5py import h5d, h5p, h5s, h5t
+
+    rows, slots = len(ids), layout.T
+    mask = np.zeros((rows, slots), dtype=np.uint8)
+    tokens = np.zeros((rows, slots), dtype="<i4")
+    for position, values in enumerate(input_ids):
+        mask[position, : len(values)] = 1
+        tokens[position, : len(values)] = values
+    encoded = [value.encode("utf-8") for value in ids]
+    width = max(1, *(len(value) for value in encoded))
+    columns = {
+        "mask": mask,
+        "input_ids": tokens,
+        "target": np.ascontiguousarray(target, dtype="<f8"),
+        "row": np.ascontiguousarray(row, dtype="<i8"),
+        "id": np.frombuffer(b"".join(value.ljust(width, b"\0") for value in encoded), dtype=np.uint8),
+    }
+    text = h5t.C_S1.copy()
+    text.set_size(width)
+    text.set_strpad(h5t.STR_NULLPAD)
+    text.set_cset(h5t.CSET_UTF8)
+    types: list[tuple[str, tuple[int, ...], Any]] = [
+        ("mask", (rows, slots), h5t.STD_U8LE),
+        ("input_ids", (rows, slots), h5t.STD_I32LE),
+        ("target", (rows,), h5t.IEEE_F64LE),
+        ("row", (rows,), h5t.STD_I64LE),
+        ("id", (rows,), text),
+        ("checksum", (rows,), h5t.STD_U32LE),
+        ("hidden", layout.shape(rows), layout.dtype.hdf5),
+    ]
+    creation = h5p.create(h5p.DATASET_CREATE)
+    creation.set_layout(h5d.CONTIGUOUS)
+    creation.set_alloc_time(h5d.ALLOC_TIME_EARLY)
+    creation.set_fill_time(h5d.FILL_TIME_NEVER)
+    creation.set_obj_track_times(False)  # a time stamp would make two equal shards differ
+    places = {}
+    with h5py.File(path, "w", libver="v108") as file:
+        file.attrs["relish_cache"] = 1
+        for name, shape, kind in types:
+            dataset = h5d.create(file.id, name.encode(), kind, h5s.create_simple(shape), creation)
+            places[name] = dataset.get_offset()
+    return columns, places, path.stat().st_size

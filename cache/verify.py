@@ -1,0 +1,67 @@
+"""Read every byte of a cache and name each shard that is not as it was written."""
+
+import os
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+from .dtypes import storage_dtype
+from .errors import CacheError
+from .fileio import open_read, read_into
+from .manifest import ShardRecord
+from .reader import FeatureCache
+from .shard import HiddenLayout, read_index
+
+
+def verify_cache(cache: FeatureCache, progress: Callable[[int], None] | None = None) -> list[str]:
+    """Check every shard that the manifest lists.
+
+    Args:
+        cache: an open cache.
+        progress: called with the number of bytes just checked.
+
+    Returns:
+        What is wrong, a sentence per shard or unfinished split; empty if all is well.
+    """
+    found = []
+    identity = cache.identity
+    for name, split in cache.manifest.splits.items():
+        for record in split.shards:
+            found += verify_shard(
+                cache.folder, record, layers=len(identity.layers), width=identity.hidden_size, dtype=identity.dtype
+            )
+            if progress is not None:
+                progress(record.bytes)
+        if not split.complete:
+            found.append(
+                f"the split {name!r} is not finished ({len(split.shards)} of {split.planned} shards); "
+                "run the same relish extract command again to go on"
+            )
+    return found
+
+
+def verify_shard(folder: Path, record: ShardRecord, *, layers: int, width: int, dtype: str) -> list[str]:
+    """Read every byte of a shard; returns what is wrong with it, nothing if it is as it was written."""
+    layout = HiddenLayout(layers, record.T, width, storage_dtype(dtype))
+    try:
+        index = read_index(folder, record, layout)
+    except CacheError as error:
+        return [str(error)]
+    wrong = []
+    buffer = memoryview(bytearray(layout.row_bytes))
+    descriptor = open_read(folder / record.file)
+    try:
+        for position, length in enumerate(index.lengths.tolist()):
+            read_into(descriptor, buffer, record.offset + layout.place(position, 0))
+            crc, padding = 0, False
+            for layer in range(layers):
+                begin = layer * layout.T * layout.token_bytes
+                end = begin + length * layout.token_bytes
+                crc = zlib.crc32(buffer[begin:end], crc)
+                padding = padding or any(buffer[end : begin + layout.T * layout.token_bytes])
+            if crc != index.checksum[position] or padding:
+                where = "padding" if crc == index.checksum[position] else "hidden states"
+                wrong.append(f"the {where} of row {index.row[position]} (id {index.ids[position]!r}) changed")
+    finally:
+        os.close(descriptor)
+    return [f"the shard {folder / record.file} is damaged: {'; '.join(wrong[:5])}"] if wrong else []

@@ -1,0 +1,173 @@
+"""The one writer: creates or resumes a cache, shard by shard. A shard counts once the manifest lists it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from .dtypes import storage_dtype
+from .errors import CacheError
+from .identity import Identity, refuse_differences
+from .manifest import MANIFEST, Manifest, SplitRecord, check_split_name, load_manifest
+from .shard import ShardWriter
+
+OVERHEAD = 0.035
+"""Padding a shard may have, as a share of its real tokens…"""
+SLACK = 0.0004
+"""…or of the whole split's, whichever is more: without it a few very long rows would each get a shard of their own."""
+
+
+@dataclass(frozen=True)
+class SplitRows:
+    """The tokenised rows of one split, N of them, in the order of the input file."""
+
+    ids: list[str]
+    """The user's ids."""
+    target: np.ndarray
+    """(N,) float64, NaN if unlabelled."""
+    tokens: list[np.ndarray]
+    """N arrays of int32 token ids, each of the row's own length."""
+    truncated: int
+    """How many rows were cut to max_length."""
+    fingerprint: str
+    """sha256 over the ordered ids, texts and targets."""
+
+
+class CacheWriter:
+    """A cache being written: new, or an existing one that is continued or gets another split."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        identity: Identity,
+        label_range: tuple[float, float],
+        task: str | None,
+        made_by: dict[str, str],
+    ) -> None:
+        """Open a cache for writing; nothing is written before the first shard.
+
+        Raises:
+            CacheError: if the folder holds a cache of another identity or label range, or files that are no cache.
+        """
+        self.folder = folder
+        if (folder / MANIFEST).exists():
+            self.manifest = load_manifest(folder)
+            advice = "Extract into another folder, or use the same settings to go on."
+            refuse_differences(self.manifest.identity, identity, what=f"the cache {folder}", advice=advice)
+            if self.manifest.label_range != label_range:
+                raise CacheError(
+                    f"the cache {folder} has the label range {self.manifest.label_range}, not {label_range}. {advice}"
+                )
+        else:
+            if folder.exists() and not folder.is_dir():
+                raise CacheError(f"{folder} is a file; a cache is a folder. Choose another name")
+            if folder.exists() and any(not _may_be_leftover(entry.name) for entry in folder.iterdir()):
+                raise CacheError(f"{folder} holds other files and is not a relish cache; choose a new or empty folder")
+            self.manifest = Manifest(identity, label_range, task, made_by)
+
+    def split(self, name: str, rows: SplitRows, *, shard_rows: int) -> "SplitWriter":
+        """Begin or resume a split.
+
+        Raises:
+            CacheError: if the split is there with other rows or another cut into shards.
+        """
+        check_split_name(name)
+        lengths = np.array([len(tokens) for tokens in rows.tokens], dtype=np.int64)
+        shards = cut_into_shards(lengths, shard_rows)
+        known = self.manifest.splits.get(name)
+        if known is None:
+            known = SplitRecord(
+                rows=len(lengths),
+                tokens=int(lengths.sum()),
+                longest=int(lengths.max()),
+                truncated=rows.truncated,
+                planned=len(shards),
+                fingerprint=rows.fingerprint,
+            )
+        elif known.fingerprint != rows.fingerprint:
+            raise CacheError(
+                f"the split {name!r} of the cache {self.folder} was made from other rows ({known.rows} there, "
+                f"{len(lengths)} here; ids, texts, targets or their order differ). "
+                "Give the file it was made from, or choose another split name or folder"
+            )
+        elif [record.rows for record in known.shards] != [len(shard) for shard in shards[: len(known.shards)]]:
+            raise CacheError(
+                f"the split {name!r} of the cache {self.folder} was begun with another --shard-rows than {shard_rows}; "
+                "use the same value to go on"
+            )
+        return SplitWriter(self, name, rows, shards, known)
+
+
+class SplitWriter:
+    """The shards of one split, those still to be written and those that are there."""
+
+    def __init__(
+        self, cache: CacheWriter, name: str, rows: SplitRows, shards: list[np.ndarray], record: SplitRecord
+    ) -> None:
+        self._cache = cache
+        self._name = name
+        self._rows = rows
+        self._shards = shards
+        self.record = record
+
+    def pending(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(number, row numbers) of each shard still to be written; the row with most tokens first."""
+        for number in range(len(self.record.shards), len(self._shards)):
+            yield number, self._shards[number]
+
+    @contextmanager
+    def shard(self, number: int) -> Iterator[ShardWriter]:
+        """Write one shard, the next in turn; leaving the block commits it and lists it in the manifest."""
+        members, rows, identity = self._shards[number], self._rows, self._cache.manifest.identity
+        folder = self._cache.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        writer = ShardWriter(
+            folder / f"{self._name}-{number:05d}.h5",
+            layers=len(identity.layers),
+            width=identity.hidden_size,
+            dtype=storage_dtype(identity.dtype),
+            input_ids=[rows.tokens[member] for member in members],
+            target=rows.target[members],
+            row=members,
+            ids=[rows.ids[member] for member in members],
+        )
+        try:
+            yield writer
+        except BaseException:
+            writer.abandon()
+            raise
+        self.record = replace(self.record, shards=(*self.record.shards, writer.commit()))
+        manifest = self._cache.manifest
+        self._cache.manifest = replace(manifest, splits={**manifest.splits, self._name: self.record})
+        self._cache.manifest.save(folder)
+
+
+def cut_into_shards(lengths: np.ndarray, shard_rows: int) -> list[np.ndarray]:
+    """Row numbers of each shard: rows sorted by length, longest first, and cut where padding would grow too much.
+
+    The longest row comes first so that running out of memory shows in the first batch, not after a night.
+
+    Args:
+        lengths: (N,) tokens of each row.
+        shard_rows: most rows in a shard.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    sizes = lengths[order].tolist()
+    slack = SLACK * sum(sizes)
+    shards, begin, tokens = [], 0, 0
+    for end, size in enumerate(sizes):
+        padding = sizes[begin] * (end + 1 - begin) - (tokens + size)
+        if end - begin == shard_rows or padding > max(OVERHEAD * (tokens + size), slack):
+            shards.append(order[begin:end])
+            begin, tokens = end, 0
+        tokens += size
+    shards.append(order[begin:])
+    return shards
+
+
+def _may_be_leftover(name: str) -> bool:
+    # A process killed before its first manifest leaves a shard, or a temporary file, and nothing else.
+    return name.endswith((".h5", ".tmp"))

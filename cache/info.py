@@ -1,8 +1,9 @@
 """What is in a cache and what made it, as data; the command shows it on one screen."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from .manifest import Manifest, SplitRecord
+from .manifest import Manifest, ShardRecord, SplitRecord
 
 
 def cache_info(manifest: Manifest) -> dict[str, Any]:
@@ -18,10 +19,10 @@ def cache_info(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def padding_overhead(split: SplitRecord) -> float:
-    """Padded ÷ real token slots of the shards that are there; 1 means no padding."""
-    tokens = sum(shard.tokens for shard in split.shards)
-    return sum(shard.rows * shard.T for shard in split.shards) / tokens if tokens else 1.0
+def padding_overhead(shards: Sequence[ShardRecord]) -> float:
+    """Padded ÷ real token slots; 1 means no padding."""
+    tokens = sum(shard.tokens for shard in shards)
+    return sum(shard.rows * shard.T for shard in shards) / tokens if tokens else 1.0
 
 
 def _split_info(split: SplitRecord) -> dict[str, Any]:
@@ -34,5 +35,5 @@ def _split_info(split: SplitRecord) -> dict[str, Any]:
         "planned": split.planned,
         "complete": split.complete,
         "bytes": sum(shard.bytes for shard in split.shards),
-        "padding_overhead": round(padding_overhead(split), 4),
+        "padding_overhead": round(padding_overhead(split.shards), 4),
     }

@@ -113,10 +113,13 @@ class SplitWriter:
         self._shards = shards
         self.record = record
 
-    def pending(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(number, row numbers) of each shard still to be written; the row with most tokens first."""
-        for number in range(len(self.record.shards), len(self._shards)):
-            yield number, self._shards[number]
+    def pending(self) -> range:
+        """Numbers of the shards still to be written."""
+        return range(len(self.record.shards), len(self._shards))
+
+    def members(self, number: int) -> np.ndarray:
+        """Row numbers of a shard, the row with most tokens first."""
+        return self._shards[number]
 
     @contextmanager
     def shard(self, number: int) -> Iterator[ShardWriter]:

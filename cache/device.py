@@ -1,0 +1,26 @@
+"""The device to compute on."""
+
+from typing import TYPE_CHECKING
+
+from .errors import SettingsError
+
+if TYPE_CHECKING:
+    import torch
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+def pick_device(device: str) -> "torch.device":
+    """cuda (or cuda:N), mps or cpu; auto takes the first of these that is there.
+
+    Raises:
+        SettingsError: if it is unknown, or not there.
+    """
+    import torch
+
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        return torch.device(next(name for name, present in here.items() if present))
+    if not here.get(device.partition(":")[0]):
+        raise SettingsError(f"the device {device!r} is not available here; it may be one of {', '.join(DEVICES)}")
+    return torch.device(device)

@@ -1,0 +1,2 @@
+"""`relish evaluate | predict | demo`."""
+def register(app): pass

@@ -1,0 +1,223 @@
+"""The frozen LLM: its configuration and tokenizer first, its weights only when there is something to run."""
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..cache.device import pick_device
+from ..cache.errors import BackboneError, SettingsError, require_extra
+from .files import BackboneFiles
+
+_TOKENIZE_ROWS = 1000
+
+
+class Backbone:
+    """A causal LM or encoder without its LM head, truncated to the layers that are asked for."""
+
+    def __init__(
+        self,
+        files: BackboneFiles,
+        *,
+        layers: Sequence[int | float],
+        compute_dtype: str,
+        device: str,
+        trust_remote_code: bool,
+    ) -> None:
+        """Load configuration and tokenizer; `load` loads the weights.
+
+        Raises:
+            BackboneError: if they cannot be read, or the model is neither a causal LM nor an encoder.
+            SettingsError: if a layer is deeper than the backbone, or the device is not there.
+        """
+        import torch
+
+        transformers: Any = require_extra("transformers", "extract", "Running a backbone")
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        self._transformers = transformers
+        self.files = files
+        self.version: str = transformers.__version__
+        self._options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        if files.gguf_file is not None:
+            self._options["gguf_file"] = files.gguf_file
+        config = self._from_pretrained("AutoConfig")
+        if getattr(config, "is_encoder_decoder", False):
+            raise BackboneError(
+                f"{files.name} is an encoder-decoder ({config.model_type}); a causal LM or an encoder is needed"
+            )
+        self._text_config = config.get_text_config()
+        self.depth: int = self._text_config.num_hidden_layers
+        self.hidden_size: int = self._text_config.hidden_size
+        self.layers = resolve_layers(layers, self.depth)
+        self.tokenizer = self._from_pretrained("AutoTokenizer")
+        self.device = pick_device(device)
+        if compute_dtype == "auto":
+            own = getattr(self._text_config, "dtype", None) if self.device.type == "cuda" else None
+            self.compute_dtype = own if isinstance(own, torch.dtype) else torch.float32
+        else:
+            self.compute_dtype = getattr(torch, compute_dtype)
+        self._model: Any = None
+        self._caught: dict[int, Any] = {}
+
+    @property
+    def context(self) -> int | None:
+        """Most tokens the backbone can read, None if it does not say."""
+        positions = getattr(self._text_config, "max_position_embeddings", None)
+        limits = [n for n in (positions, self.tokenizer.model_max_length) if n is not None and n < 10**9]
+        return min(limits, default=None)
+
+    def tokenize(
+        self, texts: Iterable[str], *, chat_template: bool, max_length: int, truncate: bool
+    ) -> tuple[list[np.ndarray], int]:
+        """Token ids of each text, special tokens included, never padded.
+
+        Args:
+            texts: N texts.
+            chat_template: whether each becomes the user turn of a chat, ready for the answer.
+            max_length: where rows are cut if `truncate`.
+            truncate: whether to cut; if not, rows come out as long as they are.
+
+        Returns:
+            N arrays of int32, and how many were cut.
+
+        Raises:
+            BackboneError: if a chat template is asked for and the tokenizer has none.
+        """
+        if chat_template:
+            if not self.tokenizer.chat_template:
+                raise BackboneError(f"the tokenizer of {self.files.name} has no chat template; leave --chat-template out")
+            texts = [
+                self.tokenizer.apply_chat_template(
+                    [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+                )
+                for text in texts
+            ]
+        texts = list(texts)
+        rows: list[np.ndarray] = []
+        for begin in range(0, len(texts), _TOKENIZE_ROWS):
+            encoded = self.tokenizer(
+                texts[begin : begin + _TOKENIZE_ROWS],
+                add_special_tokens=not chat_template,
+                padding=False,
+                truncation=False,
+                return_attention_mask=False,
+            )
+            rows += [np.array(tokens, dtype=np.int32) for tokens in encoded["input_ids"]]
+        too_long = [number for number, tokens in enumerate(rows) if len(tokens) > max_length] if truncate else []
+        for number in too_long:
+            # The tokenizer truncates by itself here, since it knows which special tokens must stay at the end.
+            cut = self.tokenizer(
+                texts[number], add_special_tokens=not chat_template, truncation=True, max_length=max_length
+            )
+            rows[number] = np.array(cut["input_ids"], dtype=np.int32)
+        return rows, len(too_long)
+
+    def load(self) -> None:
+        """Load the weights onto the device, and drop the blocks above the highest layer that is asked for.
+
+        Raises:
+            BackboneError: if they cannot be loaded.
+        """
+        import torch
+
+        options = {"dtype": self.compute_dtype, "attn_implementation": "sdpa"}
+        try:
+            model = self._from_pretrained("AutoModel", **options)
+        except BackboneError as error:
+            if "scaled_dot_product_attention" not in str(error):
+                raise
+            model = self._from_pretrained("AutoModel", **{**options, "attn_implementation": "eager"})
+        model.eval().requires_grad_(False)
+        parent, name, blocks = _find_blocks(model, self.depth)
+        top = self.layers[-1]
+        setattr(parent, name, torch.nn.ModuleList(blocks[: max(top, 1)]))
+        for layer in self.layers:
+            if layer == 0:
+                blocks[0].register_forward_pre_hook(self._catch_input, with_kwargs=True)
+            elif layer < self.depth:
+                blocks[layer - 1].register_forward_hook(self._catch_output(layer))
+        try:
+            self._model = model.to(self.device)
+        except torch.OutOfMemoryError:
+            raise BackboneError(
+                f"{self.files.name} does not fit the memory of {self.device}; try --compute-dtype bfloat16 or another --device"
+            ) from None
+
+    def hidden_states(self, rows: Sequence[np.ndarray]) -> Any:
+        """Run the backbone on B rows.
+
+        Args:
+            rows: B arrays of token ids.
+
+        Returns:
+            (B, K, T, D) tensor in the compute dtype on the device, T the longest row, rows padded on the right; what
+            stands in the padding is undefined. Counted as transformers' `hidden_states`: the last layer comes after
+            the final norm.
+        """
+        import torch
+
+        if self._model is None:
+            self.load()
+        T = max(len(row) for row in rows)
+        input_ids = np.zeros((len(rows), T), dtype=np.int64)
+        mask = np.zeros((len(rows), T), dtype=np.int64)
+        for number, row in enumerate(rows):
+            input_ids[number, : len(row)] = row
+            mask[number, : len(row)] = 1
+        # Right padding whatever the tokenizer prefers: positions then count from the first real token, as they do for
+        # a row alone.
+        input_ids[mask == 0] = self.tokenizer.pad_token_id or 0
+        arguments = {"use_cache": False} if hasattr(self._text_config, "use_cache") else {}
+        with torch.inference_mode():
+            output = self._model(
+                input_ids=torch.from_numpy(input_ids).to(self.device),
+                attention_mask=torch.from_numpy(mask).to(self.device),
+                **arguments,
+            )
+        self._caught[self.depth] = output.last_hidden_state
+        states = torch.stack([self._caught[layer] for layer in self.layers], dim=1)
+        self._caught.clear()
+        return states
+
+    def _from_pretrained(self, factory: str, **options: Any) -> Any:
+        try:
+            return getattr(self._transformers, factory).from_pretrained(
+                str(self.files.folder), **self._options, **options
+            )
+        except (OSError, ValueError, ImportError, KeyError, RuntimeError, AttributeError, TypeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise BackboneError(f"transformers cannot load {self.files.name} ({factory}): {reason}") from error
+
+    def _catch_input(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._caught[0] = args[0] if args else kwargs["hidden_states"]
+
+    def _catch_output(self, layer: int) -> Any:
+        def hook(_module: Any, _args: Any, output: Any) -> None:
+            self._caught[layer] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+
+def resolve_layers(layers: Sequence[int | float], depth: int) -> tuple[int, ...]:
+    """Indices of the layers in ascending order: int as it is, float as a fraction of the depth, () the last.
+
+    Raises:
+        SettingsError: if a layer is deeper than the backbone.
+    """
+    indices = {round(layer * depth) if isinstance(layer, float) else layer for layer in layers} or {depth}
+    if max(indices) > depth:
+        raise SettingsError(f"layer {max(indices)} was asked for, and the backbone has {depth} (0 is the embeddings)")
+    return tuple(sorted(indices))
+
+
+def _find_blocks(model: Any, depth: int) -> tuple[Any, str, Any]:
+    import torch
+
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == depth and "vision" not in path:
+            parent, _, name = path.rpartition(".")
+            return model.get_submodule(parent), name, module
+    raise BackboneError(f"{type(model).__name__} has no list of {depth} blocks; this architecture is not supported")

@@ -1,0 +1,157 @@
+"""`relish extract`."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.command(no_args_is_help=True)(extract)
+
+
+def extract(
+    cache: Annotated[Path, typer.Argument(metavar="CACHE", help="Folder of the cache, made if it is not there.")],
+    model: Annotated[str, typer.Option("--model", help="Hub id, local folder or GGUF file of a causal LM or encoder.")],
+    gguf_file: Annotated[str | None, typer.Option(help="Name of the GGUF inside that folder or repository.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run Python code that the model's repository ships.")] = False,
+    task: Annotated[
+        str | None, typer.Option("--task", help="Preset: stsb, sick, wmt-en-zh, wmt-ru-en or wmt-si-en.")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", metavar="SPLIT=FILE", help="CSV, TSV, JSONL or Parquet; once for each split."),
+    ] = None,
+    hub: Annotated[str | None, typer.Option("--hub", help="Hub id of a data set, instead of --data.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help='Template over column names: "{title}: {text}".')
+    ] = None,
+    chat_template: Annotated[bool, typer.Option(help="Put the prompt through the model's chat template.")] = False,
+    target_column: Annotated[str | None, typer.Option(help="Column of the gold score.")] = None,
+    id_column: Annotated[str | None, typer.Option(help="Column of the rows' ids.")] = None,
+    label_range: Annotated[
+        str | None, typer.Option(metavar="LOW,HIGH", help="Smallest and largest possible score.")
+    ] = None,
+    layers: Annotated[
+        str, typer.Option(help="last, indices or fractions of the depth: 12, 0.5, or several: 0.5,last.")
+    ] = "last",
+    dtype: Annotated[str, typer.Option(help="Storage type: bfloat16, float16 or float32.")] = "bfloat16",
+    compute_dtype: Annotated[
+        str, typer.Option(help="Type the backbone runs in; auto: the checkpoint's own on a GPU, float32 on the CPU.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="cuda, mps, cpu or auto.")] = "auto",
+    max_length: Annotated[
+        int | None, typer.Option(help="Longest row in tokens; default the backbone's context.")
+    ] = None,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Cut longer rows instead of refusing them.")] = False,
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Token slots per forward pass; default 16384 on a GPU, 2048 on the CPU.")
+    ] = None,
+    shard_rows: Annotated[int, typer.Option(help="Most rows in a shard.")] = 4096,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Run the frozen LLM over texts once and cache its hidden states.
+
+    Run the same command again after an interruption: it goes on where it stopped.
+
+    Examples:
+
+    relish extract sts-cache --model HuggingFaceTB/SmolLM2-135M-Instruct --task stsb
+
+    relish extract sts-cache --model ./SmolLM2.gguf --task stsb --data train=train.csv --data test=test.csv
+
+    relish extract my-cache --model Qwen/Qwen3-8B --data train=a.csv --data test=b.jsonl --prompt "Essay: {text}"
+    --target-column score --label-range 1,6
+    """
+    from .pipeline import extract_cache
+    from .settings import ExtractSettings, parse_data, parse_label_range, parse_layers
+
+    settings = ExtractSettings(
+        model=model,
+        gguf_file=gguf_file,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        task=task,
+        data=parse_data(data or []),
+        hub=hub,
+        prompt=prompt,
+        chat_template=chat_template,
+        target_column=target_column,
+        id_column=id_column,
+        label_range=parse_label_range(label_range) if label_range is not None else None,
+        layers=parse_layers(layers),
+        dtype=dtype,
+        compute_dtype=compute_dtype,
+        device=device,
+        max_length=max_length,
+        truncate=truncate,
+        batch_tokens=batch_tokens,
+        shard_rows=shard_rows,
+    )
+    with _Bar() as bar:
+        try:
+            summary = extract_cache(cache, settings, progress=bar)
+        except KeyboardInterrupt:
+            typer.echo("interrupted; run the same command again to go on where it stopped", err=True)
+            raise typer.Exit(130) from None
+    if as_json:
+        figures = {
+            "cache": str(summary.folder),
+            "rows": summary.rows,
+            "tokens": summary.tokens,
+            "bytes": summary.bytes,
+            "padding_overhead": round(summary.padding_overhead, 4),
+            "computed_tokens": summary.computed_tokens,
+            "seconds": round(summary.seconds, 3),
+        }
+        typer.echo(json.dumps(figures, indent=2))
+        return
+    rate = f", {summary.computed_tokens / summary.seconds:,.0f} tokens/s" if summary.computed_tokens else ""
+    typer.echo(
+        f"{cache}: {summary.rows:,} rows, {summary.tokens:,} tokens, {summary.bytes / 1e6:,.1f} MB, "
+        f"padding ×{summary.padding_overhead:.3f}{rate}"
+    )
+    if not summary.computed_tokens:
+        typer.echo("everything was there already")
+    typer.echo(f"next: relish train {cache} --out runs")
+
+
+class _Bar:
+    """Progress on the terminal: rows, tokens/s, time left. Goes to stderr, so that --json can be piped."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("extract"),
+            BarColumn(),
+            TextColumn("{task.fields[rows]:,}/{task.fields[of]:,} rows"),
+            TextColumn("{task.fields[rate]:,.0f} tokens/s"),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._task: Any = None
+        self._rows = 0
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def note(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False)
+
+    def begin(self, rows: int, tokens: int) -> None:
+        self._task = self._progress.add_task("extract", total=tokens, rows=0, of=rows, rate=0.0)
+        self._progress.start()
+
+    def advance(self, rows: int, tokens: int) -> None:
+        self._rows += rows
+        speed = self._progress.tasks[0].speed or 0.0
+        self._progress.update(self._task, advance=tokens, rows=self._rows, rate=speed)

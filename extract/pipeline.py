@@ -1,0 +1,212 @@
+"""`extract_cache`: texts through the frozen LLM into a cache, resumable at every shard."""
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..cache.errors import DataError
+from ..cache.identity import Identity
+from ..cache.info import padding_overhead
+from ..cache.manifest import MANIFEST, load_manifest
+from ..cache.writer import CacheWriter, SplitRows, SplitWriter
+from .backbone import Backbone
+from .batches import run_in_batches
+from .files import find_backbone
+from .settings import ExtractSettings
+from .sink import ShardSink
+from .sources import load_texts
+
+
+class Progress(Protocol):
+    """What `extract_cache` reports to while it works."""
+
+    def note(self, text: str) -> None:
+        """Something a person should know."""
+
+    def begin(self, rows: int, tokens: int) -> None:
+        """The forward passes begin; so much is to be done."""
+
+    def advance(self, rows: int, tokens: int) -> None:
+        """So much more is computed."""
+
+
+@dataclass(frozen=True)
+class ExtractSummary:
+    """What an extraction did, and what the cache's new splits hold."""
+
+    folder: Path
+    rows: int
+    tokens: int
+    bytes: int
+    padding_overhead: float
+    """Padded ÷ real token slots."""
+    computed_tokens: int
+    """Tokens that went through the backbone this time; fewer than `tokens` when a run is resumed."""
+    seconds: float
+    """Time from the first forward pass to the last commit."""
+
+
+def extract_cache(
+    cache: str | Path, settings: ExtractSettings, *, progress: Progress | None = None
+) -> ExtractSummary:
+    """Run the frozen LLM over texts and cache its token-level hidden states.
+
+    Run again after an interruption, it goes on where it stopped. Splits can be added to a cache later, with the same
+    settings.
+
+    Args:
+        cache: folder of the cache, made if it is not there.
+        settings: backbone, rows and layers.
+        progress: hears of notes and progress; None for silence.
+
+    Raises:
+        DataError: for rows that cannot be used, before the backbone is loaded.
+        BackboneError: if the model is not found or cannot be run.
+        CacheError: if the folder holds a cache made with anything different.
+    """
+    folder = Path(cache).resolve()
+    note = progress.note if progress is not None else _ignore
+    known_range = load_manifest(folder).label_range if (folder / MANIFEST).exists() else None
+    files = find_backbone(settings.model, gguf_file=settings.gguf_file, revision=settings.revision)
+    data = load_texts(settings, known_range)
+    if data.range_was_taken:
+        low, high = data.label_range
+        note(f"label range {low:g} to {high:g}, taken from the training split (--label-range sets it)")
+    backbone = Backbone(
+        files,
+        layers=settings.layers,
+        compute_dtype=settings.compute_dtype,
+        device=settings.device,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    max_length = choose_max_length(settings.max_length, backbone)
+    writer = CacheWriter(
+        folder,
+        identity=identify(backbone, settings, prompt=data.prompt, max_length=max_length),
+        label_range=data.label_range,
+        task=settings.task,
+        made_by=_made_by(backbone),
+    )
+    splits = []
+    for name, split in data.splits.items():
+        tokens, cut = backbone.tokenize(
+            split.texts, chat_template=settings.chat_template, max_length=max_length, truncate=settings.truncate
+        )
+        check_lengths(name, tokens, max_length)
+        rows = SplitRows(split.ids, split.targets, tokens, cut, split.fingerprint())
+        splits.append((name, rows, writer.split(name, rows, shard_rows=settings.shard_rows)))
+    pending = [(name, rows, split, number) for name, rows, split in splits for number in split.pending()]
+    computed = 0
+    started = time.perf_counter()
+    if pending:
+        note(f"loading {files.name} ({backbone.compute_dtype}, {backbone.device})".replace("torch.", ""))
+        backbone.load()
+        started = time.perf_counter()
+        todo = [len(rows.tokens[row]) for _, rows, split, number in pending for row in split.members(number)]
+        if progress is not None:
+            progress.begin(len(todo), sum(todo))
+        budget = settings.batch_tokens or (2048 if backbone.device.type == "cpu" else 16384)
+        for name, rows, split, number in pending:
+            computed += _extract_shard(backbone, name, rows, split, number, budget, progress)
+    records = [split.record for _, _, split in splits]
+    shards = [shard for record in records for shard in record.shards]
+    return ExtractSummary(
+        folder=folder,
+        rows=sum(record.rows for record in records),
+        tokens=sum(record.tokens for record in records),
+        bytes=sum(shard.bytes for shard in shards),
+        padding_overhead=padding_overhead(shards),
+        computed_tokens=computed,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def choose_max_length(asked: int | None, backbone: Backbone) -> int:
+    """The longest row allowed: what was asked for, or the backbone's context.
+
+    Raises:
+        DataError: if neither says a length, or more is asked for than the context.
+    """
+    context = backbone.context
+    if asked is None and context is None:
+        raise DataError(f"{backbone.files.name} does not say how long its context is; give --max-length")
+    if asked is not None and context is not None and asked > context:
+        raise DataError(f"--max-length {asked} is beyond the context of {backbone.files.name}, {context} tokens")
+    return asked or context or 0
+
+
+def check_lengths(split: str, tokens: list[np.ndarray], max_length: int) -> None:
+    """Refuse rows that are too long, or have no token at all.
+
+    Raises:
+        DataError: saying how many rows, and how long the longest is.
+    """
+    lengths = np.array([len(row) for row in tokens])
+    if (lengths > max_length).any():
+        raise DataError(
+            f"{int((lengths > max_length).sum())} of {len(tokens)} rows of {split} are longer than {max_length} tokens "
+            f"(the longest has {lengths.max()}); --truncate cuts them, a larger --max-length keeps them whole"
+        )
+    if (lengths == 0).any():
+        raise DataError(f"row {int(np.argmin(lengths)) + 1} of {split} gives no token at all; take it out")
+
+
+def identify(backbone: Backbone, settings: ExtractSettings, *, prompt: str, max_length: int) -> Identity:
+    """All that the hidden states depend on besides the texts."""
+    return Identity(
+        model=backbone.files.name,
+        revision=backbone.files.revision,
+        **backbone.files.hashes(),
+        prompt=prompt,
+        chat_template=settings.chat_template,
+        max_length=max_length,
+        truncate=settings.truncate,
+        layers=backbone.layers,
+        hidden_size=backbone.hidden_size,
+        dtype=settings.dtype,
+        compute_dtype=str(backbone.compute_dtype).removeprefix("torch."),
+        transformers=backbone.version,
+    )
+
+
+def _extract_shard(
+    backbone: Backbone,
+    name: str,
+    rows: SplitRows,
+    split: SplitWriter,
+    number: int,
+    budget: int,
+    progress: Progress | None,
+) -> int:
+    members = split.members(number)
+    tokens = [rows.tokens[row] for row in members]
+    lengths = [len(row) for row in tokens]
+    names = [f"row {row + 1} of {name} (id {rows.ids[row]!r})" for row in members]
+    with split.shard(number) as shard, ShardSink(shard, lengths=lengths, names=names) as sink:
+        forward = partial(_forward, backbone, tokens)
+        for batch, states in run_in_batches(lengths, budget, forward):
+            sink.put(batch, states)
+            if progress is not None:
+                progress.advance(len(batch), sum(lengths[i] for i in batch))
+    return sum(lengths)
+
+
+def _forward(backbone: Backbone, tokens: list[np.ndarray], batch: range) -> Any:
+    return backbone.hidden_states([tokens[row] for row in batch])
+
+
+def _made_by(backbone: Backbone) -> dict[str, str]:
+    import torch
+
+    from .. import __version__
+
+    device = torch.cuda.get_device_name() if backbone.device.type == "cuda" else backbone.device.type
+    return {"relish": __version__, "torch": torch.__version__, "device": device}
+
+
+def _ignore(_text: str) -> None:
+    pass

@@ -1,0 +1,131 @@
+"""Everything `relish extract` can be told."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..cache.dtypes import storage_dtype
+from ..cache.errors import SettingsError
+
+Source = str | Path | Iterable[Mapping[str, Any]]
+"""A CSV, TSV, JSONL or Parquet file, or the rows themselves as dicts."""
+
+COMPUTE_DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractSettings:
+    """What to extract, from which rows, with which backbone."""
+
+    model: str | Path
+    """Hub id, local folder, or GGUF file of a causal LM or an encoder."""
+    gguf_file: str | None = None
+    """File name of the GGUF inside that folder or hub repository."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub repository; its commit becomes part of the cache's identity."""
+    trust_remote_code: bool = False
+    """Whether to run Python code that the model's repository ships."""
+
+    task: str | None = None
+    """A preset: stsb, sick, wmt-en-zh, wmt-ru-en or wmt-si-en."""
+    data: Mapping[str, Source] = field(default_factory=dict)
+    """Split name to its rows."""
+    hub: str | None = None
+    """Hub id of a data set whose splits are all extracted; a preset has one of its own."""
+    prompt: str | None = None
+    """Template over column names, "{title}: {text}". Default: the preset's, or the text column alone."""
+    chat_template: bool = False
+    """Put the prompt through the tokenizer's chat template as a user turn."""
+    target_column: str | None = None
+    """Column of the gold score; guessed from the usual names if None."""
+    id_column: str | None = None
+    """Column of the rows' ids; guessed if None, and the row number if there is none."""
+    label_range: tuple[float, float] | None = None
+    """Smallest and largest possible score. Default: the preset's, or what the training split spans."""
+
+    layers: tuple[int | float, ...] = ()
+    """Hidden states to keep: int an index (0 the embeddings), float a fraction of the depth; () the last."""
+    dtype: str = "bfloat16"
+    """Storage type: bfloat16, float16 or float32."""
+    compute_dtype: str = "auto"
+    """Type the backbone runs in; auto is the checkpoint's own on a GPU and float32 on the CPU."""
+    device: str = "auto"
+    """cuda, mps, cpu, or auto for the first of these that is there."""
+    max_length: int | None = None
+    """Longest row in tokens; None for the backbone's context."""
+    truncate: bool = False
+    """Cut longer rows to max_length instead of refusing them."""
+    batch_tokens: int | None = None
+    """Token slots per forward pass, padding included; None for 16,384 on a GPU and 2,048 on the CPU."""
+    shard_rows: int = 4096
+    """Most rows in a shard. A shard is also the most work that an interruption can cost."""
+
+    def __post_init__(self) -> None:
+        storage_dtype(self.dtype)
+        _one_of("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
+            for name in ("max_length", "batch_tokens", "shard_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SettingsError(f"{name} must be at least 1, not {value}")
+        for layer in self.layers:
+            if layer < 0 or (isinstance(layer, float) and layer > 1):
+                raise SettingsError(f"a layer is an index from 0 on or a fraction of the depth up to 1.0, not {layer}")
+        if self.label_range is not None and not self.label_range[0] < self.label_range[1]:
+            low, high = self.label_range
+            raise SettingsError(f"the label range must go from a smaller to a larger number, not from {low} to {high}")
+        if self.data and self.hub:
+            raise SettingsError("rows come either from files (data) or from the hub, not from both")
+        if not self.data and not self.hub and not self.task:
+            raise SettingsError("no rows to extract: give --data SPLIT=FILE, --hub ID, or a --task preset")
+
+
+def parse_layers(text: str) -> tuple[int | float, ...]:
+    """Read `last`, `15`, `0.5` or a comma-separated list of these.
+
+    Raises:
+        SettingsError: for anything else.
+    """
+    layers: list[int | float] = []
+    for part in text.split(","):
+        word = part.strip()
+        try:
+            layers.append(1.0 if word == "last" else float(word) if "." in word else int(word))
+        except ValueError:
+            raise SettingsError(f"--layers takes 'last', indices or fractions such as 12,0.5; not {word!r}") from None
+    return tuple(layers)
+
+
+def parse_label_range(text: str) -> tuple[float, float]:
+    """Read `0,5`.
+
+    Raises:
+        SettingsError: for anything else.
+    """
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise SettingsError(f"--label-range takes two numbers such as 0,5; not {text!r}") from None
+    return low, high
+
+
+def parse_data(pairs: list[str]) -> dict[str, str]:
+    """Read `SPLIT=PATH` pairs.
+
+    Raises:
+        SettingsError: for a pair without =, or a split named twice.
+    """
+    data: dict[str, str] = {}
+    for pair in pairs:
+        split, equals, path = pair.partition("=")
+        if not equals or not split or not path:
+            raise SettingsError(f"--data takes SPLIT=FILE such as train=train.csv; not {pair!r}")
+        if split in data:
+            raise SettingsError(f"--data names the split {split!r} twice")
+        data[split] = path
+    return data
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise SettingsError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")

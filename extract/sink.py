@@ -1,0 +1,92 @@
+"""The writing side of extraction: a thread that takes hidden states from the device, checks them and writes them.
+
+Copying, checking, hashing and writing happen while the backbone computes the next batch.
+"""
+
+import queue
+import threading
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from ..cache.errors import DataError
+from ..cache.shard import ShardWriter
+
+if TYPE_CHECKING:
+    import torch
+
+_AHEAD = 2  # batches that may wait: enough to overlap, few enough to keep memory flat
+
+
+class ShardSink:
+    """Writes the batches of one shard in the background; leaving the block waits for the last one."""
+
+    def __init__(self, writer: ShardWriter, *, lengths: Sequence[int], names: Sequence[str]) -> None:
+        """Args:
+        writer: the shard.
+        lengths: real tokens of each of its rows.
+        names: how messages call each row, "row 17 (id 'a') of train".
+        """
+        self._writer = writer
+        self._lengths = lengths
+        self._names = names
+        self._queue: queue.Queue[tuple[range, Any] | None] = queue.Queue(_AHEAD)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="relish-shard-writer", daemon=True)
+
+    def put(self, rows: range, states: "torch.Tensor") -> None:
+        """Hand over the hidden states (B, K, T, D) of a batch, in the compute dtype, on the device.
+
+        Raises:
+            DataError: if an earlier batch held values that cannot be stored.
+        """
+        self._raise_error()
+        self._queue.put((rows, states))
+
+    def __enter__(self) -> "ShardSink":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self._queue.put(None)
+        self._thread.join()
+        if kind is None:
+            self._raise_error()
+
+    def _work(self) -> None:
+        while (item := self._queue.get()) is not None:
+            if self._error is None:  # after an error the queue is only drained, so that `put` never blocks
+                try:
+                    self._write(*item)
+                except BaseException as error:
+                    self._error = error
+
+    def _write(self, rows: range, states: "torch.Tensor") -> None:
+        stored = states.to(self._writer.layout.dtype.torch).cpu()
+        for number, row in enumerate(rows):
+            values = stored[number, :, : self._lengths[row]]
+            # A sum is finite only if all its terms are, and is one pass where isfinite().all() is two.
+            if not values.sum(dtype=values.new_empty(0).float().dtype).isfinite() and not values.isfinite().all():
+                raise DataError(self._why(states[number, :, : self._lengths[row]], self._names[row]))
+            self._writer.write(row, values)
+
+    def _why(self, values: "torch.Tensor", name: str) -> str:
+        import torch
+
+        if values.isfinite().all():
+            largest = values.abs().max().item()
+            dtype = self._writer.layout.dtype
+            return (
+                f"{name} has a hidden state of {largest:,.0f}, and {dtype.name} ends at "
+                f"{torch.finfo(dtype.torch).max:,.0f}; use --dtype bfloat16"
+            )
+        return (
+            f"the backbone gave NaN or infinity for {name}; nothing of this shard was kept. "
+            "Try --compute-dtype float32, or take the row out"
+        )
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error

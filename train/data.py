@@ -1,0 +1,138 @@
+"""Rows of a cache for training: which ones, in batches, read ahead in a thread; and their statistics."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..cache.errors import DataError
+from ..cache.reader import FeatureCache, Split
+from .pooled import pool
+from .settings import TrainSettings
+
+_VALIDATION_NAMES = ("validation", "val", "dev", "trial")
+_AHEAD = 3  # batches read ahead
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a split."""
+
+    split: Split
+    index: np.ndarray
+    """(N,) numbers of the rows in the split."""
+
+    @property
+    def target(self) -> np.ndarray:
+        """(N,) gold scores."""
+        return self.split.target[self.index]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(N,) real tokens."""
+        return self.split.lengths[self.index]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+class TrainBatch(NamedTuple):
+    """B rows on the CPU."""
+
+    hidden: Tensor
+    """(B, T, D) in the storage dtype, zero where padded."""
+    mask: Tensor
+    """(B, T) bool, True = real token."""
+    target: Tensor
+    """(B,) float32."""
+
+
+def training_rows(cache: FeatureCache, settings: TrainSettings) -> tuple[Rows, Rows]:
+    """The rows to learn from and the rows that early stopping looks at.
+
+    Raises:
+        CacheError: if a split is missing or unfinished.
+        DataError: if there are too few rows, or rows without a label.
+    """
+    train = cache.split("train", layer=settings.layer)
+    names = [settings.val_split] if settings.val_split is not None else list(_VALIDATION_NAMES)
+    found = next((name for name in names if name in cache.splits or name == settings.val_split), None)
+    everything = np.arange(len(train))
+    if found is not None:
+        val = cache.split(found, layer=settings.layer)
+        chosen = Rows(train, everything), Rows(val, np.arange(len(val)))
+    else:
+        count = max(1, round(settings.val_fraction * len(train)))
+        held = np.sort(np.random.default_rng(0).permutation(len(train))[:count])
+        chosen = Rows(train, np.setdiff1d(everything, held)), Rows(train, held)
+    for rows in chosen:
+        unlabelled = int(np.isnan(rows.target).sum())
+        if unlabelled:
+            raise DataError(f"{unlabelled} of {len(rows)} rows of the split {rows.split.name!r} have no label; all need one")
+    if len(chosen[0]) < 2:
+        raise DataError(f"there are {len(chosen[0])} training rows; at least 2 are needed")
+    return chosen
+
+
+def shuffled_batches(rows: Rows, batch_size: int, generator: np.random.Generator) -> list[np.ndarray]:
+    """One epoch's batches: numbers within `rows`, each once, in random order."""
+    order = generator.permutation(len(rows))
+    return [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
+
+
+def ordered_batches(lengths: np.ndarray, slots: int = 8192) -> list[np.ndarray]:
+    """Batches for prediction: rows of like length together, at most so many token slots in each."""
+    order = np.argsort(-lengths, kind="stable")
+    batches, begin = [], 0
+    while begin < len(order):
+        size = max(1, slots // int(lengths[order[begin]]))
+        batches.append(order[begin : begin + size])
+        begin += size
+    return batches
+
+
+def read_ahead(rows: Rows, batches: Sequence[np.ndarray]) -> Iterator[TrainBatch]:
+    """Read batches in a thread, a few ahead of the one that is used."""
+
+    def read(batch: np.ndarray) -> TrainBatch:
+        index = rows.index[batch]
+        hidden, mask = rows.split.read(index)
+        return TrainBatch(hidden, mask, torch.from_numpy(rows.split.target[index]).float())
+
+    with ThreadPoolExecutor(1, thread_name_prefix="relish-read") as pool_:
+        waiting = [pool_.submit(read, batch) for batch in batches[:_AHEAD]]
+        for number in range(len(batches)):
+            batch = waiting.pop(0).result()
+            if number + _AHEAD < len(batches):
+                waiting.append(pool_.submit(read, batches[number + _AHEAD]))
+            yield batch
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean (D,) and standard deviation (D,) in float32."""
+
+    mean: Tensor
+    std: Tensor
+
+
+def feature_moments(rows: Rows, pooling: str | None) -> Moments:
+    """Moments of what a head reads: each real token (pooling None), or the pooled vector of each row."""
+    count, total, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    shift: Tensor | None = None
+    for hidden, mask, _ in read_ahead(rows, ordered_batches(rows.lengths)):
+        values = hidden[mask].float() if pooling is None else pool(hidden, mask, pooling)
+        if shift is None:
+            shift = values.mean(dim=0)  # sums of squares far from the mean would lose digits
+        centred = values - shift
+        count += len(values)
+        total = total + centred.sum(dim=0, dtype=torch.float64)
+        squares = squares + (centred * centred).sum(dim=0, dtype=torch.float64)
+    assert shift is not None
+    mean = total / count
+    std = (squares / count - mean * mean).clamp_min(0.0).sqrt()
+    return Moments(mean.float() + shift, std.float())

@@ -1,0 +1,80 @@
+"""The heads by name. All take hidden states (B, T, D) and a mask (B, T), and give (B,) in the unit of the labels."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..cache.errors import SettingsError
+from .head import RelishHead
+from .pooled import PooledHead, mlp_body
+from .settings import HEADS
+
+Head = Any
+"""A module with `hidden_size`, `input_scale`, `target_scale` and `head(hidden, mask) -> (B,)`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSpec:
+    """All that a head's shape depends on; stored with its weights."""
+
+    name: str
+    hidden_size: int
+    depth: int
+    """Refinement steps; 0 for heads that have none."""
+    latent_size: int
+    num_heads: int
+    dropout: float
+
+
+def build_head(spec: HeadSpec) -> Head:
+    """Make a head with random weights, drawn from torch's global generator.
+
+    Raises:
+        SettingsError: for an unknown name or an impossible shape.
+    """
+    if spec.name not in HEADS:
+        raise SettingsError(f"there is no head {spec.name!r}; there are {', '.join(HEADS)}")
+    return _BUILDERS[spec.name](spec)
+
+
+def count_parameters(head: nn.Module) -> int:
+    """Trainable numbers of a head."""
+    return sum(parameter.numel() for parameter in head.parameters())
+
+
+def _relish(spec: HeadSpec) -> Head:
+    return RelishHead(
+        hidden_size=spec.hidden_size,
+        depth=spec.depth,
+        latent_size=spec.latent_size,
+        num_heads=spec.num_heads,
+        dropout=spec.dropout,
+    )
+
+
+def _linear(pooling: str) -> Callable[[HeadSpec], Head]:
+    return lambda spec: PooledHead(spec.hidden_size, pooling, nn.Linear(spec.hidden_size, 1))
+
+
+def _mlp(spec: HeadSpec) -> Head:
+    return PooledHead(
+        spec.hidden_size, "mean", mlp_body(spec.hidden_size, _relish_parameters(spec), dropout=spec.dropout)
+    )
+
+
+def _relish_parameters(spec: HeadSpec) -> int:
+    """Parameters of a RELISH head at the paper's depth of 3: W_p, r⁰, the steps and the regressor."""
+    d, D = spec.latent_size, spec.hidden_size
+    step = (3 * d * d + 3 * d) + (d * d + d) + 4 * d + (8 * d * d + 5 * d)
+    return (D * d + d) + d + 3 * step + (d + 1)
+
+
+_BUILDERS: dict[str, Callable[[HeadSpec], Head]] = {
+    "relish": _relish,
+    "linear": _linear("mean"),
+    "mlp": _mlp,
+    "ridge": _linear("last"),
+    "ridge-mean": _linear("mean"),
+}

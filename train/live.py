@@ -1,0 +1,95 @@
+"""The live table of a grid: one line per cell with loss, validation figures and time left."""
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from .grid import CellName
+from .loop import EpochRecord
+
+_ROWS = 30  # of a grid that is larger, finished cells leave the screen first
+
+
+class LiveTable:
+    """A `Listener` that shows the grid on the terminal; on a pipe it prints a line per finished cell."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._status: dict[CellName, str] = {}
+        self._records: dict[CellName, EpochRecord] = {}
+        self._metrics: dict[CellName, dict[str, Any]] = {}
+        self._steps: dict[CellName, int] = {}
+        self._done: dict[CellName, int] = {}
+        self._started = time.monotonic()
+        self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=4)
+
+    def __enter__(self) -> "LiveTable":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def plan(self, cells: list[CellName], steps: dict[CellName, int]) -> None:
+        """Show the cells as waiting."""
+        self._status = dict.fromkeys(cells, "waiting")
+        self._steps = steps
+        self._started = time.monotonic()
+        if self._console.is_terminal:
+            self._live.start()
+
+    def start(self, cell: CellName) -> None:
+        """Show a cell as training."""
+        self._status[cell] = "training"
+
+    def step(self, cell: CellName, done: int) -> None:
+        """Move its progress."""
+        self._done[cell] = done
+
+    def epoch(self, cell: CellName, record: EpochRecord) -> None:
+        """Show its latest loss and validation figures."""
+        self._records[cell] = record
+
+    def end(self, cell: CellName, status: str, metrics: dict[str, Any]) -> None:
+        """Show how it ended."""
+        self._status[cell] = status
+        self._metrics[cell] = metrics
+        self._steps[cell] = self._done.get(cell, self._steps[cell])
+        self._done[cell] = self._steps[cell]
+        if not self._console.is_terminal:
+            figures = metrics.get("val", {})
+            shown = f"val NRMSE {figures['nrmse']:.4f}, Pearson {figures['pearson'] or 0:.4f}" if figures else ""
+            self._console.print(f"{cell}: {status} {shown}", highlight=False)
+
+    def _render(self) -> Table:
+        table = Table("head", "depth", "seed", "epoch", "loss", "val NRMSE", "val Pearson", "", box=None)
+        cells = list(self._status)
+        if len(cells) > _ROWS:
+            first = next((i for i, cell in enumerate(cells) if self._status[cell] in ("waiting", "training")), 0)
+            cells = cells[max(0, min(first - 5, len(cells) - _ROWS)) :][:_ROWS]
+        for cell in cells:
+            table.add_row(*self._row(cell))
+        table.caption = self._time_left()
+        return table
+
+    def _row(self, cell: CellName) -> list[str]:
+        status, record = self._status[cell], self._records.get(cell)
+        figures = self._metrics.get(cell, {}).get("val")
+        if figures is None and record is not None:
+            figures = {"nrmse": record.val_nrmse, "pearson": record.val_pearson}
+        shown = [f"{figures[name]:.4f}" if figures and figures[name] is not None else "" for name in ("nrmse", "pearson")]
+        if status == "training" and self._steps[cell]:
+            status = f"{self._done.get(cell, 0) / self._steps[cell]:.0%}"
+        loss = [str(record.epoch), f"{record.loss:.4f}"] if record is not None else ["", ""]
+        depth = str(cell.depth) if cell.depth else "–"
+        return [cell.head, depth, str(cell.seed), *loss, *shown, status]
+
+    def _time_left(self) -> str:
+        total, done = sum(self._steps.values()), sum(self._done.values())
+        if not done or not total:
+            return ""
+        spent = time.monotonic() - self._started
+        left = spent / done * (total - done)
+        return f"{done / total:.0%}, {spent:,.0f} s spent, at most {left:,.0f} s left"

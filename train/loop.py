@@ -1,0 +1,140 @@
+"""The one training loop: every head that learns by gradient, at every depth and seed, goes through it."""
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .data import Rows, ordered_batches, read_ahead, shuffled_batches
+from .heads import Head
+from .metrics import score
+from .settings import TrainSettings
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One line of history.jsonl."""
+
+    epoch: int
+    """Counted from 1."""
+    loss: float
+    """Mean training loss, on standardised targets."""
+    val_nrmse: float
+    val_pearson: float
+    seconds: float
+    """Of training and validation."""
+
+
+class Diverged(Exception):  # noqa: N818 - an outcome of a cell, not an error of the user
+    """The loss is no longer finite."""
+
+
+def train_head(
+    head: Head,
+    train: Rows,
+    val: Rows,
+    *,
+    settings: TrainSettings,
+    seed: int,
+    label_range: tuple[float, float],
+    device: torch.device,
+    on_epoch: Callable[[EpochRecord], None],
+    on_step: Callable[[int], None],
+) -> list[EpochRecord]:
+    """Train a head in place and leave it with the weights of its best epoch.
+
+    AdamW; learning rate up in a straight line, then down along a cosine; gradients clipped at norm 1; Huber (δ = 1) or
+    squared error on standardised targets. Stops early once the validation NRMSE has not improved for `patience` epochs.
+
+    Args:
+        head: with its scales set; on `device`.
+        train: rows to learn from.
+        val: rows that decide which epoch is best.
+        settings: the recipe.
+        seed: draws the order of the rows.
+        label_range: for the NRMSE.
+        device: where the head is.
+        on_epoch: hears of each epoch.
+        on_step: hears after each step how many steps are done.
+
+    Raises:
+        Diverged: when the loss is NaN or infinite.
+    """
+    generator = np.random.default_rng(seed)
+    steps = settings.epochs * math.ceil(len(train) / settings.batch_size)
+    optimizer = torch.optim.AdamW(_decay_groups(head, settings.weight_decay), lr=settings.lr, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_cosine(steps, settings.warmup))
+    loss_of = nn.HuberLoss() if settings.loss == "huber" else nn.MSELoss()
+    history: list[EpochRecord] = []
+    best, best_state = math.inf, copy.deepcopy(head.state_dict())
+    done = 0
+    for epoch in range(1, settings.epochs + 1):
+        started = time.perf_counter()
+        head.train()
+        losses: list[Tensor] = []
+        for hidden, mask, target in read_ahead(train, shuffled_batches(train, settings.batch_size, generator)):
+            prediction = head(hidden.to(device), mask.to(device))
+            scale = head.target_scale
+            loss = loss_of(scale.standardise(prediction), scale.standardise(target.to(device)))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(head.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.detach())
+            done += 1
+            on_step(done)
+        mean_loss = torch.stack(losses).mean().item()
+        predictions = predict_rows(head, val, device)
+        if not (math.isfinite(mean_loss) and np.isfinite(predictions).all()):
+            raise Diverged(f"the loss is {mean_loss} in epoch {epoch}")
+        figures = score(val.target, predictions, label_range)
+        seconds = time.perf_counter() - started
+        history.append(EpochRecord(epoch, mean_loss, figures["nrmse"], figures["pearson"], seconds))
+        on_epoch(history[-1])
+        if figures["nrmse"] < best:
+            best, best_state = figures["nrmse"], copy.deepcopy(head.state_dict())
+        elif epoch - best_epoch(history) >= settings.patience:
+            break
+    head.load_state_dict(best_state)
+    head.eval()
+    return history
+
+
+def best_epoch(history: list[EpochRecord]) -> int:
+    """The first epoch with the lowest validation NRMSE."""
+    return min(history, key=lambda record: record.val_nrmse).epoch
+
+
+@torch.inference_mode()
+def predict_rows(head: Head, rows: Rows, device: torch.device) -> np.ndarray:
+    """Predictions (N,) float64 in the order of `rows`, in the unit of the labels."""
+    head.eval()
+    predictions = np.empty(len(rows))
+    batches = ordered_batches(rows.lengths)
+    for batch, (hidden, mask, _) in zip(batches, read_ahead(rows, batches), strict=True):
+        predictions[batch] = head(hidden.to(device), mask.to(device)).double().cpu().numpy()
+    return predictions
+
+
+def _decay_groups(head: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    # Decay pulls towards 0, which is no sensible place for biases, norms and the latent state.
+    matrices = [parameter for parameter in head.parameters() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in head.parameters() if parameter.ndim < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def _warmup_cosine(steps: int, warmup: float) -> Callable[[int], float]:
+    rising = max(1, round(warmup * steps))
+
+    def factor(step: int) -> float:
+        if step < rising:
+            return (step + 1) / rising
+        return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+    return factor

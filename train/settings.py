@@ -1,0 +1,111 @@
+"""Everything `relish train` can be told."""
+
+from dataclasses import dataclass
+
+from ..cache.errors import SettingsError
+
+HEADS = {
+    "relish": "latent state with refinement steps",
+    "linear": "linear layer on the mean of the hidden states",
+    "mlp": "MLP on the mean, as many parameters as relish at depth 3",
+    "ridge": "ridge regression on the last token, closed form",
+    "ridge-mean": "ridge regression on the mean, closed form",
+}
+"""Heads by name, and what each is."""
+
+CLOSED_FORM = ("ridge", "ridge-mean")
+LOSSES = ("huber", "mse")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """A grid of heads × depths × seeds, and the recipe they all share."""
+
+    heads: tuple[str, ...] = ("relish",)
+    """Names of HEADS."""
+    depths: tuple[int, ...] = (3,)
+    """Refinement steps of relish; other heads have none and are trained once per seed."""
+    seeds: tuple[int, ...] = (0,)
+    """Each seed draws weights and batches anew. Ridge has nothing to draw and is fitted once."""
+
+    epochs: int = 10
+    """Passes over the training rows, at most."""
+    lr: float = 3e-4
+    """Highest learning rate of AdamW."""
+    batch_size: int = 16
+    """Rows per step."""
+    loss: str = "huber"
+    """huber (δ = 1) or mse, on standardised targets."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay."""
+    dropout: float = 0.0
+    """On the attention's, the FFN's and the MLP's output."""
+    warmup: float = 0.05
+    """Share of all steps in which the learning rate rises; then it falls to 0 along a cosine."""
+    patience: int = 3
+    """Epochs without a better validation NRMSE before a cell stops; the best epoch's weights are kept."""
+    standardise: bool = True
+    """Scale each dimension of the hidden states to mean 0 and deviation 1 over the training split's tokens."""
+
+    latent_size: int = 256
+    """Width of the latent state."""
+    num_heads: int = 8
+    """Attention heads."""
+    layer: int | None = None
+    """Which of the cache's layers; may be None when there is but one."""
+
+    val_split: str | None = None
+    """Split that early stopping looks at. None: the first of validation, val, dev and trial that the cache has,
+    otherwise rows held out of the training split."""
+    val_fraction: float = 0.1
+    """Share of the training rows held out when there is no validation split, the same for all cells."""
+    device: str = "auto"
+    """cuda, mps, cpu, or auto for the first of these that is there."""
+    threads: int | None = None
+    """CPU threads; None for torch's choice. The same number gives the same weights."""
+
+    def __post_init__(self) -> None:
+        for name, values in (("heads", self.heads), ("seeds", self.seeds), ("depths", self.depths)):
+            if not values:
+                raise SettingsError(f"the grid is empty: {name} has no value")
+            if len(set(values)) != len(values):
+                raise SettingsError(f"{name} names a value twice: {', '.join(map(str, values))}")
+        for head in self.heads:
+            if head not in HEADS:
+                raise SettingsError(f"there is no head {head!r}; there are {', '.join(HEADS)}")
+        if self.loss not in LOSSES:
+            raise SettingsError(f"loss must be one of {', '.join(LOSSES)}, not {self.loss!r}")
+        for name in ("epochs", "batch_size", "patience", "latent_size", "num_heads"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if min(self.depths) < 1:
+            raise SettingsError(f"a depth is at least 1, not {min(self.depths)}")
+        if min(self.seeds) < 0:
+            raise SettingsError(f"a seed is at least 0, not {min(self.seeds)}")
+        if not self.lr > 0:
+            raise SettingsError(f"lr must be above 0, not {self.lr}")
+        for name in ("dropout", "warmup", "val_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise SettingsError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
+        if self.val_split is None and self.val_fraction == 0:
+            raise SettingsError("early stopping needs validation rows: val_fraction must be above 0, or name a val_split")
+        if self.threads is not None and self.threads < 1:
+            raise SettingsError(f"threads must be at least 1, not {self.threads}")
+
+
+def parse_range(text: str, what: str) -> tuple[int, ...]:
+    """Read `3`, `1-5`, `0,2,7` or a mix of these.
+
+    Raises:
+        SettingsError: for anything else, naming `what`.
+    """
+    values: list[int] = []
+    for part in text.split(","):
+        low, dash, high = part.strip().partition("-")
+        try:
+            values += range(int(low), int(high if dash else low) + 1)
+        except ValueError:
+            raise SettingsError(f"{what} takes numbers and ranges such as 0,2,7 or 1-5; not {text!r}") from None
+    if not values:
+        raise SettingsError(f"the grid is empty: {what} {text!r} holds no number")
+    return tuple(values)

@@ -1,2 +1,131 @@
 """`relish evaluate | predict | demo`."""
-def register(app): pass
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.command(no_args_is_help=True)(evaluate)
+    app.command(no_args_is_help=True)(predict)
+    app.command()(demo)
+
+
+class Format(str, Enum):
+    """How `relish evaluate` prints its table."""
+
+    table = "table"
+    markdown = "markdown"
+    latex = "latex"
+
+
+def evaluate(
+    runs: Annotated[Path, typer.Argument(metavar="RUNS", help="Folder that relish train wrote.")],
+    cache: Annotated[Path | None, typer.Option(help="The cache; default where it was at training.")] = None,
+    split: Annotated[str, typer.Option(help="Split to score.")] = "test",
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="REPORT_DIR", help="Folder for results, predictions, plots and report.html."),
+    ] = None,
+    format_: Annotated[Format, typer.Option("--format", help="How the table is printed.")] = Format.table,
+    device: Annotated[str, typer.Option(help="cuda, mps, cpu or auto.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of a table.")] = False,
+) -> None:
+    """Score every trained head on a split: figures per head and depth over the seeds, with 95 % intervals.
+
+    Examples:
+
+    relish evaluate runs --out report
+
+    relish evaluate runs --split dev --format markdown
+    """
+    from .results import evaluate_runs
+    from .tables import print_table, results_json, to_latex, to_markdown
+
+    results = evaluate_runs(runs, cache=cache, split=split, out=out, device=device)
+    if as_json:
+        typer.echo(json.dumps(results_json(results), indent=2, ensure_ascii=False))
+        return
+    if format_ is Format.table:
+        from rich.console import Console
+
+        print_table(results, Console())
+    else:
+        typer.echo(to_markdown(results) if format_ is Format.markdown else to_latex(results))
+    if out is not None:
+        typer.echo(f"report: {out / 'report.html'}", err=format_ is not Format.table)
+
+
+def predict(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="One run folder, such as runs/relish-L3-seed0.")],
+    model: Annotated[str, typer.Option("--model", help="The backbone the head was trained on.")],
+    data: Annotated[Path, typer.Option("--data", help="CSV, TSV, JSONL or Parquet with the prompt's columns.")],
+    out: Annotated[Path, typer.Option("--out", help="CSV to write: the input's columns and score.")],
+    gguf_file: Annotated[str | None, typer.Option(help="Name of the GGUF inside the folder or repository.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run Python code that the model's repository ships.")] = False,
+    prompt: Annotated[str | None, typer.Option(help="Refuse unless this is the head's prompt.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Refuse unless this is the head's layer.")] = None,
+    device: Annotated[str, typer.Option(help="cuda, mps, cpu or auto.")] = "auto",
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Token slots per forward pass; default 16384 on a GPU, 2048 on the CPU.")
+    ] = None,
+) -> None:
+    """Score new texts with a trained head and its backbone.
+
+    Example:
+
+    relish predict runs/relish-L3-seed0 --model HuggingFaceTB/SmolLM2-135M-Instruct --data new.csv --out scores.csv
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from .predict import predict_scores
+
+    console = Console(stderr=True)
+    columns = (TextColumn("predict"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("predict", total=None)
+        rows = predict_scores(
+            run,
+            model=model,
+            data=data,
+            out=out,
+            gguf_file=gguf_file,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            prompt=prompt,
+            layer=layer,
+            device=device,
+            batch_tokens=batch_tokens,
+            note=lambda text: console.print(text, markup=False, highlight=False),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    typer.echo(f"{out}: {rows:,} scores")
+
+
+def demo(
+    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where to work.")] = Path("relish-demo"),
+) -> None:
+    """Run the whole pipeline on SmolLM2-135M-Instruct and 3,300 tweets that people rated; no hub needed.
+
+    Example: relish demo
+    """
+    from rich.console import Console
+
+    from ..extract.live import ExtractBar
+    from ..train.live import LiveTable
+    from .demo import run_demo
+    from .tables import print_table
+
+    console = Console(stderr=True)
+    with ExtractBar() as bar, LiveTable() as table:
+        results = run_demo(
+            folder, say=lambda text: console.print(text, markup=False, highlight=False), progress=bar, listener=table
+        )
+    print_table(results, Console())
+    typer.echo(f"report: {folder / 'report' / 'report.html'}")

@@ -69,6 +69,11 @@ class Backbone:
         limits = [n for n in (positions, self.tokenizer.model_max_length) if n is not None and n < 10**9]
         return min(limits, default=None)
 
+    @property
+    def default_batch_tokens(self) -> int:
+        """Token slots of a forward pass that keep this kind of device busy."""
+        return 2048 if self.device.type == "cpu" else 16384
+
     def tokenize(
         self, texts: Iterable[str], *, chat_template: bool, max_length: int, truncate: bool
     ) -> tuple[list[np.ndarray], int]:

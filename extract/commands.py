@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -66,6 +66,7 @@ def extract(
     relish extract my-cache --model Qwen/Qwen3-8B --data train=a.csv --data test=b.jsonl --prompt "Essay: {text}"
     --target-column score --label-range 1,6
     """
+    from .live import ExtractBar
     from .pipeline import extract_cache
     from .settings import ExtractSettings, parse_data, parse_label_range, parse_layers
 
@@ -91,7 +92,7 @@ def extract(
         batch_tokens=batch_tokens,
         shard_rows=shard_rows,
     )
-    with _Bar() as bar:
+    with ExtractBar() as bar:
         try:
             summary = extract_cache(cache, settings, progress=bar)
         except KeyboardInterrupt:
@@ -117,41 +118,3 @@ def extract(
     if not summary.computed_tokens:
         typer.echo("everything was there already")
     typer.echo(f"next: relish train {cache} --out runs")
-
-
-class _Bar:
-    """Progress on the terminal: rows, tokens/s, time left. Goes to stderr, so that --json can be piped."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self._console = Console(stderr=True)
-        self._progress = Progress(
-            TextColumn("extract"),
-            BarColumn(),
-            TextColumn("{task.fields[rows]:,}/{task.fields[of]:,} rows"),
-            TextColumn("{task.fields[rate]:,.0f} tokens/s"),
-            TimeRemainingColumn(),
-            console=self._console,
-        )
-        self._task: Any = None
-        self._rows = 0
-
-    def __enter__(self) -> "_Bar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def note(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False)
-
-    def begin(self, rows: int, tokens: int) -> None:
-        self._task = self._progress.add_task("extract", total=tokens, rows=0, of=rows, rate=0.0)
-        self._progress.start()
-
-    def advance(self, rows: int, tokens: int) -> None:
-        self._rows += rows
-        speed = self._progress.tasks[0].speed or 0.0
-        self._progress.update(self._task, advance=tokens, rows=self._rows, rate=speed)

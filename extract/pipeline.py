@@ -109,7 +109,7 @@ def extract_cache(
         todo = [len(rows.tokens[row]) for _, rows, split, number in pending for row in split.members(number)]
         if progress is not None:
             progress.begin(len(todo), sum(todo))
-        budget = settings.batch_tokens or (2048 if backbone.device.type == "cpu" else 16384)
+        budget = settings.batch_tokens or backbone.default_batch_tokens
         for name, rows, split, number in pending:
             computed += _extract_shard(backbone, name, rows, split, number, budget, progress)
     records = [split.record for _, _, split in splits]

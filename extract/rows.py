@@ -155,13 +155,24 @@ def load_split(
     targets: list[float] = []
     for number, row in enumerate(rows, 1):
         where = f"row {number} of {source}"
-        values = {field: _text(row, column, where) for field, column in columns.texts.items()}
-        texts.append(fill(prompt, values))
+        texts.append(fill_row(row, columns, prompt, where=where))
         targets.append(math.nan if columns.target is None else _target(row, columns.target, where, label_range))
         ids.append(str(number - 1) if columns.id is None else _id(row, columns.id, where))
     if not texts:
         raise DataError(f"{source} has no rows")
     return SplitData(ids=ids, texts=texts, targets=np.array(targets, dtype=np.float64))
+
+
+def fill_row(row: Mapping[str, object], columns: Columns, prompt: str, *, where: str) -> str:
+    """Fill the prompt with one row's texts.
+
+    Args:
+        where: what to call the row in messages, such as "row 17 of train.csv".
+
+    Raises:
+        DataError: naming the row and the column, if a text is empty, missing, no text or not encodable as UTF-8.
+    """
+    return fill(prompt, {field: _text(row, column, where) for field, column in columns.texts.items()})
 
 
 def label_range_of(targets: np.ndarray) -> tuple[float, float]:

@@ -221,6 +221,7 @@ def _config(cache: FeatureCache, settings: TrainSettings, train: Rows) -> dict[s
         "relish": __version__,
         "cache": str(cache.folder),
         "identity": cache.identity.to_json(),
+        "task": cache.manifest.task,
         "layer": layer,
         "label_range": list(cache.label_range),
         "train_rows": len(train),

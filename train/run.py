@@ -34,6 +34,8 @@ class Run:
     """Where the cache was when the head was trained."""
     identity: Identity
     """What made that cache."""
+    task: str | None
+    """The preset of that cache, None for custom data."""
     settings: dict[str, Any]
     """The recipe: TrainSettings without the grid."""
     train_rows: int
@@ -107,6 +109,7 @@ def load_run(path: str | Path) -> Run:
             label_range=(config["label_range"][0], config["label_range"][1]),
             cache=Path(config["cache"]),
             identity=Identity.from_json(config["identity"]),
+            task=config["task"],
             settings=config["settings"],
             train_rows=config["train_rows"],
             metrics=metrics,

@@ -1,0 +1,175 @@
+"""`predict_scores`: new texts through the backbone and a trained head, a file of any length in bounded memory."""
+
+import csv
+import os
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..cache.dtypes import storage_dtype
+from ..cache.errors import DataError, RunError
+from ..cache.fileio import replace_durably, temporary_name
+from ..cache.identity import Identity
+from ..extract.backbone import Backbone
+from ..extract.batches import run_in_batches
+from ..extract.files import find_backbone
+from ..extract.pipeline import check_lengths
+from ..extract.rows import Columns, fill_row, resolve_columns
+from ..extract.tables import read_rows
+from ..extract.tasks import get_task
+from ..train.run import Run, load_head, load_run
+
+_CHUNK = 1024  # rows that are tokenised, sorted by length and scored together
+
+
+def predict_scores(
+    run: str | Path,
+    *,
+    model: str | Path,
+    data: str | Path,
+    out: str | Path,
+    gguf_file: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    prompt: str | None = None,
+    layer: int | None = None,
+    device: str = "auto",
+    batch_tokens: int | None = None,
+    note: Callable[[str], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Score the rows of a file; the scores are those `evaluate` would give the same rows.
+
+    Every row is checked before the backbone is loaded, and `out` appears only when it is complete.
+
+    Args:
+        run: a run folder.
+        model: the backbone the head was trained on: hub id, folder or GGUF file.
+        data: CSV, TSV, JSONL or Parquet with the columns that the head's prompt names; labels are not needed.
+        out: CSV to write: the input's columns and `score` (`prediction`, if the input has a column `score`).
+        gguf_file: name of the GGUF inside the folder or repository.
+        revision: of the hub repository.
+        trust_remote_code: whether to run Python code of the model's repository.
+        prompt: if given, must be the head's own.
+        layer: if given, must be the head's own.
+        device: cuda, mps, cpu or auto.
+        batch_tokens: token slots per forward pass; None for a default by device.
+        note: hears what a person should know.
+        progress: called with rows done and rows in all.
+
+    Returns:
+        How many rows were scored.
+
+    Raises:
+        RunError: if the run cannot be used, or backbone, prompt or layer are not those the head was trained on.
+        DataError: naming the row, if one cannot be used.
+        BackboneError: if the backbone cannot be run.
+    """
+    import torch
+
+    trained = load_run(run)
+    head = load_head(trained)
+    identity = trained.identity
+    data, out = Path(data), Path(out)
+    if out.suffix.lower() != ".csv":
+        raise DataError(f"the scores are written as CSV; give --out a name that ends in .csv, not {out.name!r}")
+    if out.is_dir():
+        raise DataError(f"{out} is a folder; --out takes the name of a file")
+    _refuse("prompt", identity.prompt, prompt, trained)
+    _refuse("layer", trained.layer, layer, trained)
+    files = find_backbone(model, gguf_file=gguf_file, revision=revision)
+    for part, digest in files.hashes().items():
+        if digest != getattr(identity, part):
+            raise RunError(
+                f"{files.name} is not the backbone that {trained.path.name} was trained on, {identity.model}: its {part} "
+                "files differ. Give that one with --model"
+            )
+    columns, names = _columns(data, trained)
+    backbone = Backbone(
+        files,
+        layers=(trained.layer,),
+        compute_dtype=identity.compute_dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    if backbone.version != identity.transformers and note is not None:
+        note(f"transformers is {backbone.version}; the head was trained with {identity.transformers}")
+    total = sum(len(tokens) for _, tokens in _tokenised(data, columns, identity, backbone))
+    backbone.load()
+    head.to(backbone.device)
+    budget = batch_tokens or backbone.default_batch_tokens
+    stored = storage_dtype(identity.dtype).torch
+
+    def forward(rows: list[np.ndarray]) -> Any:
+        states = backbone.hidden_states(rows)[:, 0].to(stored)
+        mask = torch.arange(states.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+        with torch.inference_mode():
+            return head(states, mask.to(states.device)).double().cpu().numpy()
+
+    added = "score" if "score" not in names else "prediction"
+    if added != "score" and note is not None:
+        note(f"{data.name} has a column 'score'; the new one is called 'prediction'")
+    temporary = temporary_name(out)
+    done = 0
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow([*names, added])
+            for rows, tokens in _tokenised(data, columns, identity, backbone):
+                scores = np.empty(len(tokens))
+                order = sorted(range(len(tokens)), key=lambda row: -len(tokens[row]))
+                lengths = [len(tokens[row]) for row in order]
+                batches = run_in_batches(lengths, budget, lambda b: forward([tokens[order[i]] for i in b]))  # noqa: B023
+                for batch, values in batches:
+                    scores[[order[i] for i in batch]] = values
+                if not np.isfinite(scores).all():
+                    bad = done + int(np.argmin(np.isfinite(scores))) + 1
+                    raise DataError(f"the score of row {bad} of {data.name} is not finite; take the row out")
+                for row, value in zip(rows, scores.tolist(), strict=True):
+                    writer.writerow([*(row.get(name, "") for name in names), repr(value)])
+                done += len(rows)
+                if progress is not None:
+                    progress(done, total)
+            file.flush()
+            os.fsync(file.fileno())
+        replace_durably(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return done
+
+
+def _refuse(name: str, have: object, want: object, run: Run) -> None:
+    if want is not None and want != have:
+        raise RunError(f"{run.path.name} was trained with the {name} {have!r}, not {want!r}; leave --{name} out")
+
+
+def _columns(data: Path, run: Run) -> tuple[Columns, list[str]]:
+    first = next(iter(read_rows(data)), None)
+    if first is None:
+        raise DataError(f"{data.name} holds no rows")
+    task = get_task(run.task) if run.task is not None else None
+    columns = resolve_columns(list(first), prompt=run.identity.prompt, task=task, need_target=False, source=data.name)
+    return Columns(columns.texts, None, None), list(first)
+
+
+def _tokenised(
+    data: Path, columns: Columns, identity: Identity, backbone: Backbone
+) -> Iterator[tuple[list[dict[str, object]], list[np.ndarray]]]:
+    """Chunks of rows and their token ids, each row checked."""
+    numbered = enumerate(read_rows(data), 1)
+    while chunk := list(islice(numbered, _CHUNK)):
+        texts = [
+            fill_row(row, columns, identity.prompt, where=f"row {number} of {data.name}") for number, row in chunk
+        ]
+        tokens, _ = backbone.tokenize(
+            texts,
+            chat_template=identity.chat_template,
+            max_length=identity.max_length,
+            truncate=identity.truncate,
+        )
+        check_lengths(f"{data.name} (rows {chunk[0][0]} to {chunk[-1][0]})", tokens, identity.max_length)
+        yield [row for _, row in chunk], tokens

@@ -1,0 +1,124 @@
+"""`evaluate_runs`: every head of a runs folder on one split of the cache, to figures, files and a report."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..cache.device import pick_device
+from ..cache.errors import DataError, RunError, require_extra
+from ..cache.identity import refuse_differences
+from ..cache.reader import FeatureCache, Split, open_cache
+from ..train.data import Rows
+from ..train.loop import predict_rows
+from ..train.run import Run, find_runs, load_head
+from .tables import CellPredictions, Results, summarise, write_results
+
+
+def evaluate_runs(
+    runs: str | Path,
+    *,
+    cache: str | Path | None = None,
+    split: str = "test",
+    out: str | Path | None = None,
+    device: str = "auto",
+) -> Results:
+    """Score every trained head of a folder on one split.
+
+    Args:
+        runs: folder that `relish train` wrote, or one run in it.
+        cache: where the cache is; None for where it was when the heads were trained.
+        split: the split to score.
+        out: folder for results.json, results.csv, predictions.csv, report.html and the plots; None to write nothing.
+        device: cuda, mps, cpu or auto.
+
+    Returns:
+        Figures per cell, and per head and depth over its seeds with bootstrap intervals.
+
+    Raises:
+        RunError: if there is no run, or runs of different caches lie in the folder.
+        CacheError: if the cache is missing, damaged, lacks the split, or is not the one the heads were trained on.
+        DataError: if rows of the split have no label.
+        MissingExtraError: if a report is asked for and matplotlib or jinja2 is not installed.
+    """
+    if out is not None:  # before the work, not after it
+        for module in ("matplotlib", "jinja2"):
+            require_extra(module, "report", "The report")
+    found = find_runs(runs)
+    opened = open_cache(cache if cache is not None else _usual_cache(found[0]))
+    check_cache(found, opened)
+    rows = _labelled(opened.split(split, layer=found[0].layer))
+    where = pick_device(device)
+    cells = [
+        CellPredictions(
+            head=run.head.name,
+            depth=run.head.depth,
+            seed=run.seed,
+            parameters=run.parameters,
+            values=predict_rows(load_head(run).to(where), rows, where),
+        )
+        for run in found
+    ]
+    results = summarise(
+        split, found[0].label_range, rows.split.ids, rows.split.row, rows.target, cells, _meta(found[0], opened)
+    )
+    if out is not None:
+        from .report import write_report
+
+        write_results(results, Path(out))
+        write_report(results, Path(out))
+    return results
+
+
+def check_cache(runs: Sequence[Run], cache: FeatureCache) -> None:
+    """Refuse a cache that the heads were not trained on.
+
+    Raises:
+        RunError: if a head reads hidden states of another size, or the runs differ among themselves.
+        CacheError: if anything else of the identity differs.
+    """
+    for run in runs:
+        if run.head.hidden_size != cache.hidden_size:
+            raise RunError(
+                f"the head {run.path.name} reads hidden states of size {run.head.hidden_size}, and those of the cache "
+                f"{cache.folder} have {cache.hidden_size}; give the cache it was trained on with --cache"
+            )
+        if run.layer != runs[0].layer or run.label_range != runs[0].label_range:
+            raise RunError(f"{run.path} was trained on another layer or label range than {runs[0].path}; part them")
+        refuse_differences(
+            run.identity,
+            cache.identity,
+            what=f"the cache that {run.path.name} was trained on",
+            advice="Give that cache with --cache.",
+        )
+
+
+def _usual_cache(run: Run) -> Path:
+    if not run.cache.exists():
+        raise RunError(f"the cache of these runs is no longer at {run.cache}; say where it is with --cache")
+    return run.cache
+
+
+def _labelled(split: Split) -> Rows:
+    unlabelled = int(np.isnan(split.target).sum())
+    if unlabelled:
+        raise DataError(
+            f"{unlabelled} of {len(split)} rows of the split {split.name!r} have no label to compare with; "
+            "relish predict scores such rows"
+        )
+    return Rows(split, np.arange(len(split)))
+
+
+def _meta(run: Run, cache: FeatureCache) -> dict[str, object]:
+    identity = cache.identity
+    return {
+        "model": identity.model,
+        "revision": identity.revision,
+        "layer": run.layer,
+        "prompt": identity.prompt,
+        "storage dtype": identity.dtype,
+        "compute dtype": identity.compute_dtype,
+        "training rows": run.train_rows,
+        **{name.replace("_", " "): value for name, value in run.settings.items() if value is not None},
+        **{name: value for name, value in cache.manifest.made_by.items()},
+    }

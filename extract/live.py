@@ -1,0 +1,44 @@
+"""The progress bar of an extraction: rows, tokens/s and time left."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class ExtractBar:
+    """Progress on the terminal; on stderr, so that --json can be piped."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("extract"),
+            BarColumn(),
+            TextColumn("{task.fields[rows]:,}/{task.fields[of]:,} rows"),
+            TextColumn("{task.fields[rate]:,.0f} tokens/s"),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._task: Any = None
+        self._rows = 0
+
+    def __enter__(self) -> "ExtractBar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def note(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._console.print(text, markup=False, highlight=False)
+
+    def begin(self, rows: int, tokens: int) -> None:
+        """Show the bar."""
+        self._task = self._progress.add_task("extract", total=tokens, rows=0, of=rows, rate=0.0)
+        self._progress.start()
+
+    def advance(self, rows: int, tokens: int) -> None:
+        """Move it."""
+        self._rows += rows
+        speed = self._progress.tasks[0].speed or 0.0
+        self._progress.update(self._task, advance=tokens, rows=self._rows, rate=speed)

@@ -20,7 +20,7 @@ from .pooled import pool
 from .ridge import ALPHAS, solve_ridge
 from .ridge import Moments as RidgeMoments
 from .run import discard, find_runs, run_name, save_run
-from .settings import CLOSED_FORM, TrainSettings
+from .settings import CLOSED_FORM, LEARNING_RATES, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,7 @@ def _train_cell(
                 train,
                 val,
                 settings=settings,
+                lr=settings.lr or LEARNING_RATES[cell.head],
                 seed=cell.seed,
                 label_range=config["label_range"],
                 device=device,

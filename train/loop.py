@@ -40,6 +40,7 @@ def train_head(
     val: Rows,
     *,
     settings: TrainSettings,
+    lr: float,
     seed: int,
     label_range: tuple[float, float],
     device: torch.device,
@@ -56,6 +57,7 @@ def train_head(
         train: rows to learn from.
         val: rows that decide which epoch is best.
         settings: the recipe.
+        lr: highest learning rate.
         seed: draws the order of the rows.
         label_range: for the NRMSE.
         device: where the head is.
@@ -67,7 +69,7 @@ def train_head(
     """
     generator = np.random.default_rng(seed)
     steps = settings.epochs * math.ceil(len(train) / settings.batch_size)
-    optimizer = torch.optim.AdamW(_decay_groups(head, settings.weight_decay), lr=settings.lr, fused=True)
+    optimizer = torch.optim.AdamW(_decay_groups(head, settings.weight_decay), lr=lr, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_cosine(steps, settings.warmup))
     loss_of = nn.HuberLoss() if settings.loss == "huber" else nn.MSELoss()
     history: list[EpochRecord] = []

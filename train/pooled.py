@@ -7,7 +7,7 @@ from .scale import InputScale, TargetScale
 
 
 def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
-    """Pool real tokens in float32.
+    """Pool real tokens, in float32 at least.
 
     Args:
         hidden: (B, T, D).
@@ -18,10 +18,11 @@ def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
         (B, D).
     """
     mask = mask.bool()
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
     if pooling == "last":
         last = mask.sum(dim=1) - 1
-        return hidden[torch.arange(len(hidden), device=hidden.device), last].float()
-    kept = hidden.float().masked_fill(~mask.unsqueeze(-1), 0.0)
+        return hidden[torch.arange(len(hidden), device=hidden.device), last].to(dtype)
+    kept = hidden.to(dtype).masked_fill(~mask.unsqueeze(-1), 0.0)
     return kept.sum(dim=1) / mask.sum(dim=1, keepdim=True)
 
 

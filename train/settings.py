@@ -15,6 +15,8 @@ HEADS = {
 
 CLOSED_FORM = ("ridge", "ridge-mean")
 LOSSES = ("huber", "mse")
+LEARNING_RATES = {"relish": 3e-4, "linear": 1e-2, "mlp": 3e-4}
+"""Each head's own best on the validation splits of STS-B and SICK (benchmarks/recipe-log.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +32,8 @@ class TrainSettings:
 
     epochs: int = 10
     """Passes over the training rows, at most."""
-    lr: float = 3e-4
-    """Highest learning rate of AdamW."""
+    lr: float | None = None
+    """Highest learning rate of AdamW; None for each head's own (LEARNING_RATES)."""
     batch_size: int = 16
     """Rows per step."""
     loss: str = "huber"
@@ -82,7 +84,7 @@ class TrainSettings:
             raise SettingsError(f"a depth is at least 1, not {min(self.depths)}")
         if min(self.seeds) < 0:
             raise SettingsError(f"a seed is at least 0, not {min(self.seeds)}")
-        if not self.lr > 0:
+        if self.lr is not None and not self.lr > 0:
             raise SettingsError(f"lr must be above 0, not {self.lr}")
         for name in ("dropout", "warmup", "val_fraction"):
             if not 0 <= getattr(self, name) < 1:

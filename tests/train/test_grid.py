@@ -1,0 +1,124 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from relish.cache.errors import RunError
+from relish.cache.reader import open_cache
+from relish.train.data import Rows
+from relish.train.grid import CellName, grid_cells, train_heads
+from relish.train.loop import predict_rows
+from relish.train.run import load_head, load_run
+from relish.train.settings import HEADS, TrainSettings
+from safetensors.torch import load_file
+
+from .conftest import write_cache
+
+SMALL = {"latent_size": 32, "num_heads": 4, "epochs": 3, "threads": 1, "device": "cpu"}
+
+
+def weights(run):
+    return load_file(run / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_grid_holds_relish_at_each_depth_others_once_per_seed_and_ridge_once():
+    settings = TrainSettings(heads=("relish", "mlp", "ridge"), depths=(1, 3), seeds=(0, 7))
+    assert [str(cell) for cell in grid_cells(settings)] == [
+        "relish-L1-seed0",
+        "relish-L1-seed7",
+        "relish-L3-seed0",
+        "relish-L3-seed7",
+        "mlp-L0-seed0",
+        "mlp-L0-seed7",
+        "ridge-L0-seed0",
+    ]
+
+
+def test_a_cell_has_the_same_weights_bit_for_bit_alone_or_in_a_grid(cache, tmp_path):
+    grid = TrainSettings(heads=("linear", "relish"), depths=(1, 2), seeds=(0, 1), dropout=0.1, **SMALL)
+    train_heads(cache, tmp_path / "grid", grid)
+    torch.manual_seed(99)  # what the process drew before must not matter
+    train_heads(cache, tmp_path / "alone", TrainSettings(depths=(2,), seeds=(1,), dropout=0.1, **SMALL))
+    assert same(weights(tmp_path / "grid/relish-L2-seed1"), weights(tmp_path / "alone/relish-L2-seed1"))
+    assert not same(weights(tmp_path / "grid/relish-L2-seed0"), weights(tmp_path / "alone/relish-L2-seed1"))
+
+
+def test_training_leaves_the_callers_random_state_as_it_was(cache, tmp_path):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    train_heads(cache, tmp_path / "r", TrainSettings(depths=(1,), **SMALL))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_every_head_learns_and_predicts_after_loading_what_it_predicted_before(cache, tmp_path, head):
+    settings = TrainSettings(heads=(head,), depths=(1,), **{**SMALL, "epochs": 20, "lr": 1e-2, "patience": 20})
+    result = train_heads(cache, tmp_path / "r", settings)
+    (cell, metrics), *_ = result.cells.items()
+    run = tmp_path / "r" / str(cell)
+    assert metrics["val"]["pearson"] > (0.2 if head == "ridge" else 0.6)  # the last token alone says little here
+    dev = open_cache(cache).split("dev")
+    rows = Rows(dev, np.arange(len(dev)))
+    predictions = predict_rows(load_head(run), rows, torch.device("cpu"))
+    rmse = float(np.sqrt(np.mean((predictions - dev.target) ** 2)))
+    assert rmse == pytest.approx(metrics["val"]["rmse"], abs=1e-9)
+    assert json.loads((run / "metrics.json").read_text())["val"] == metrics["val"]
+    assert load_run(run).head.name == head
+
+
+def test_the_best_epochs_weights_are_kept_and_training_stops_early(cache, tmp_path):
+    settings = TrainSettings(depths=(2,), **{**SMALL, "epochs": 60, "lr": 3e-3, "patience": 2})
+    result = train_heads(cache, tmp_path / "r", settings)
+    (metrics,) = result.cells.values()
+    history = [json.loads(line) for line in (tmp_path / "r/relish-L2-seed0/history.jsonl").read_text().splitlines()]
+    best = min(history, key=lambda record: record["val_nrmse"])
+    assert metrics["best_epoch"] == best["epoch"]
+    assert metrics["val"]["nrmse"] == pytest.approx(best["val_nrmse"], abs=1e-12)
+    assert len(history) == best["epoch"] + 2 < 60
+
+
+def test_an_interrupted_grid_goes_on_with_the_missing_cells_only(cache, tmp_path):
+    settings = TrainSettings(depths=(1, 2), seeds=(0, 1), **SMALL)
+    train_heads(cache, tmp_path / "whole", settings)
+    shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    shutil.rmtree(tmp_path / "part/relish-L2-seed0")
+    (tmp_path / "part/.relish-L2-seed0.tmp").mkdir()  # what a killed process leaves
+    kept = (tmp_path / "part/relish-L1-seed0/model.safetensors").stat().st_mtime_ns
+    result = train_heads(cache, tmp_path / "part", settings)
+    assert len(result.cells) == 4
+    assert (tmp_path / "part/relish-L1-seed0/model.safetensors").stat().st_mtime_ns == kept
+    assert not (tmp_path / "part/.relish-L2-seed0.tmp").exists()
+    for cell in result.cells:
+        assert same(weights(tmp_path / "whole" / str(cell)), weights(tmp_path / "part" / str(cell)))
+
+
+def test_a_folder_of_another_training_is_refused(cache, tmp_path):
+    train_heads(cache, tmp_path / "r", TrainSettings(depths=(1,), **SMALL))
+    with pytest.raises(RunError, match=r"holds runs of another training: relish-L1-seed0 has lr None, this one 0.01\."):
+        train_heads(cache, tmp_path / "r", TrainSettings(depths=(2,), **SMALL, lr=0.01))
+    other = write_cache(tmp_path / "other", sizes={"train": 40, "dev": 10})
+    with pytest.raises(RunError, match="has train_rows 96, this one 40"):
+        train_heads(other, tmp_path / "r", TrainSettings(depths=(2,), **SMALL))
+    (tmp_path / "papers").mkdir()
+    (tmp_path / "papers/thesis.tex").touch()
+    with pytest.raises(RunError, match="papers holds other files and no runs; choose a new or empty folder"):
+        train_heads(cache, tmp_path / "papers", TrainSettings(**SMALL))
+
+
+def test_a_cell_that_diverges_is_marked_and_the_others_go_on(tmp_path):
+    cache = write_cache(tmp_path / "c", fill=3e38)
+    settings = TrainSettings(heads=("linear", "mlp"), standardise=False, **{**SMALL, "epochs": 1})
+    result = train_heads(cache, tmp_path / "r", settings)
+    assert result.diverged == [CellName("linear", 0, 0), CellName("mlp", 0, 0)]
+    assert not list((tmp_path / "r").glob("*-seed0"))
+
+
+def test_several_layers_one_is_picked(tmp_path):
+    cache = write_cache(tmp_path / "c", layers=(1, 3))
+    train_heads(cache, tmp_path / "r", TrainSettings(depths=(1,), layer=3, **SMALL))
+    assert load_run(tmp_path / "r/relish-L1-seed0").layer == 3

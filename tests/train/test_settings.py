@@ -1,0 +1,40 @@
+import pytest
+from relish.cache.errors import SettingsError
+from relish.train.settings import TrainSettings, parse_range
+
+
+@pytest.mark.parametrize(
+    ("text", "values"), [("3", (3,)), ("1-5", (1, 2, 3, 4, 5)), ("0,2,7", (0, 2, 7)), ("0-1,4", (0, 1, 4))]
+)
+def test_ranges(text, values):
+    assert parse_range(text, "--seeds") == values
+
+
+@pytest.mark.parametrize("text", ["", "x", "1-", "-2", "1-2-3", "1.5"])
+def test_other_ranges_are_refused(text):
+    with pytest.raises(SettingsError, match="--seeds takes numbers and ranges such as 0,2,7 or 1-5"):
+        parse_range(text, "--seeds")
+
+
+def test_a_backward_range_is_an_empty_grid():
+    with pytest.raises(SettingsError, match="the grid is empty: --depths '5-1' holds no number"):
+        parse_range("5-1", "--depths")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"heads": ()}, "the grid is empty: heads has no value"),
+        ({"heads": ("cnn",)}, "there is no head 'cnn'; there are relish, linear, mlp, ridge, ridge-mean"),
+        ({"seeds": (1, 1)}, "seeds names a value twice: 1, 1"),
+        ({"depths": (0,)}, "a depth is at least 1, not 0"),
+        ({"loss": "mae"}, "loss must be one of huber, mse, not 'mae'"),
+        ({"lr": 0.0}, "lr must be above 0, not 0.0"),
+        ({"epochs": 0}, "epochs must be at least 1, not 0"),
+        ({"dropout": 1.0}, "dropout must be at least 0 and below 1, not 1.0"),
+        ({"val_fraction": 0.0}, "early stopping needs validation rows"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(given, message):
+    with pytest.raises(SettingsError, match=message):
+        TrainSettings(**given)

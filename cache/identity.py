@@ -1,4 +1,4 @@
-"""What made the hidden states of a cache. Two caches of one identity can be mixed; any difference is refused by name."""
+"""What made the hidden states of a cache. Caches of one identity can be mixed; any difference is refused by name."""
 
 from dataclasses import asdict, dataclass, fields
 from typing import Any

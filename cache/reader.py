@@ -113,9 +113,7 @@ class Split:
         self._layouts = [HiddenLayout(len(cache.layers), shard.T, cache.hidden_size, dtype) for shard in shards]
         self._dtype = dtype
         self._files: OrderedDict[int, int] = OrderedDict()
-        indexes = [
-            read_index(cache.folder, shard, layout) for shard, layout in zip(shards, self._layouts, strict=True)
-        ]
+        indexes = [read_index(cache.folder, shard, layout) for shard, layout in zip(shards, self._layouts, strict=True)]
         rows = np.concatenate([index.row for index in indexes])
         order = np.argsort(rows, kind="stable")
         self.row = rows[order]

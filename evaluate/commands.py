@@ -43,8 +43,9 @@ def evaluate(
 
     relish evaluate runs --split dev --format markdown
     """
+    from .files import results_json
     from .results import evaluate_runs
-    from .tables import print_table, results_json, to_latex, to_markdown
+    from .tables import print_table, to_latex, to_markdown
 
     results = evaluate_runs(runs, cache=cache, split=split, out=out, device=device)
     if as_json:

@@ -12,7 +12,7 @@ from ..train.grid import Listener, train_heads
 from ..train.settings import TrainSettings
 from .assets import rated_tweets, smollm2
 from .results import evaluate_runs
-from .tables import Results
+from .summary import Results
 
 SPLITS = {"train": 2400, "dev": 300, "test": 600}
 """Tweets in each split."""

@@ -84,8 +84,8 @@ def predict_scores(
     for part, digest in files.hashes().items():
         if digest != getattr(identity, part):
             raise RunError(
-                f"{files.name} is not the backbone that {trained.path.name} was trained on, {identity.model}: its {part} "
-                "files differ. Give that one with --model"
+                f"{files.name} is not the backbone that {trained.path.name} was trained on, {identity.model}: "
+                f"its {part} files differ. Give that one with --model"
             )
     columns, names = _columns(data, trained)
     backbone = Backbone(
@@ -162,9 +162,7 @@ def _tokenised(
     """Chunks of rows and their token ids, each row checked."""
     numbered = enumerate(read_rows(data), 1)
     while chunk := list(islice(numbered, _CHUNK)):
-        texts = [
-            fill_row(row, columns, identity.prompt, where=f"row {number} of {data.name}") for number, row in chunk
-        ]
+        texts = [fill_row(row, columns, identity.prompt, where=f"row {number} of {data.name}") for number, row in chunk]
         tokens, _ = backbone.tokenize(
             texts,
             chat_template=identity.chat_template,

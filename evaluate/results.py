@@ -12,7 +12,8 @@ from ..cache.reader import FeatureCache, Split, open_cache
 from ..train.data import Rows
 from ..train.loop import predict_rows
 from ..train.run import Run, find_runs, load_head
-from .tables import CellPredictions, Results, summarise, write_results
+from .files import write_results
+from .summary import CellPredictions, Results, summarise
 
 
 def evaluate_runs(
@@ -120,5 +121,5 @@ def _meta(run: Run, cache: FeatureCache) -> dict[str, object]:
         "compute dtype": identity.compute_dtype,
         "training rows": run.train_rows,
         **{name.replace("_", " "): value for name, value in run.settings.items() if value is not None},
-        **{name: value for name, value in cache.manifest.made_by.items()},
+        **cache.manifest.made_by,
     }

@@ -93,7 +93,9 @@ class Backbone:
         """
         if chat_template:
             if not self.tokenizer.chat_template:
-                raise BackboneError(f"the tokenizer of {self.files.name} has no chat template; leave --chat-template out")
+                raise BackboneError(
+                    f"the tokenizer of {self.files.name} has no chat template; leave --chat-template out"
+                )
             texts = [
                 self.tokenizer.apply_chat_template(
                     [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
@@ -148,7 +150,8 @@ class Backbone:
             self._model = model.to(self.device)
         except torch.OutOfMemoryError:
             raise BackboneError(
-                f"{self.files.name} does not fit the memory of {self.device}; try --compute-dtype bfloat16 or another --device"
+                f"{self.files.name} does not fit the memory of {self.device}; try --compute-dtype bfloat16 "
+                "or another --device"
             ) from None
 
     def hidden_states(self, rows: Sequence[np.ndarray]) -> Any:

@@ -6,9 +6,7 @@ from typing import Any
 from ..cache.errors import BackboneError
 
 
-def run_in_batches(
-    lengths: Sequence[int], budget: int, forward: Callable[[range], Any]
-) -> Iterator[tuple[range, Any]]:
+def run_in_batches(lengths: Sequence[int], budget: int, forward: Callable[[range], Any]) -> Iterator[tuple[range, Any]]:
     """Run `forward` over all rows, in order, in batches of at most `budget` token slots.
 
     Args:

@@ -102,7 +102,7 @@ def _from_hub(model: str, gguf_file: str | None, revision: str | None) -> Backbo
     except (OSError, ValueError, RuntimeError, hub.errors.HfHubHTTPError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BackboneError(
-            f"no such model: {model!r} is no folder or GGUF file on this machine, and the hub did not give it ({reason})"
+            f"no such model: {model!r} is no folder or GGUF file on this machine, and the hub did not give it: {reason}"
         ) from None
     name = model if gguf_file is None else f"{model}/{gguf_file}"
     return BackboneFiles(Path(folder), gguf_file, name, Path(folder).name)

@@ -50,9 +50,7 @@ class ExtractSummary:
     """Time from the first forward pass to the last commit."""
 
 
-def extract_cache(
-    cache: str | Path, settings: ExtractSettings, *, progress: Progress | None = None
-) -> ExtractSummary:
+def extract_cache(cache: str | Path, settings: ExtractSettings, *, progress: Progress | None = None) -> ExtractSummary:
     """Run the frozen LLM over texts and cache its token-level hidden states.
 
     Run again after an interruption, it goes on where it stopped. Splits can be added to a cache later, with the same

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ..cache.dtypes import storage_dtype
 from ..cache.errors import SettingsError
@@ -64,7 +64,7 @@ class ExtractSettings:
     def __post_init__(self) -> None:
         storage_dtype(self.dtype)
         _one_of("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
-            for name in ("max_length", "batch_tokens", "shard_rows"):
+        for name in ("max_length", "batch_tokens", "shard_rows"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(f"{name} must be at least 1, not {value}")

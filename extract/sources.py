@@ -62,9 +62,7 @@ def load_texts(settings: ExtractSettings, known_range: tuple[float, float] | Non
     return TextData(splits, prompt, label_range, taken)
 
 
-def _open_sources(
-    settings: ExtractSettings, task: Task | None
-) -> dict[str, tuple[str, Iterable[Mapping[str, Any]]]]:
+def _open_sources(settings: ExtractSettings, task: Task | None) -> dict[str, tuple[str, Iterable[Mapping[str, Any]]]]:
     if settings.data:
         return {split: _open_source(split, source) for split, source in settings.data.items()}
     hub = settings.hub or (task.hub if task else None)

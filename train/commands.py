@@ -27,14 +27,18 @@ def train(
     weight_decay: Annotated[float | None, typer.Option(help="AdamW's weight decay.")] = None,
     dropout: Annotated[float | None, typer.Option(help="On the output of attention and feed-forward layers.")] = None,
     warmup: Annotated[float | None, typer.Option(help="Share of the steps in which the learning rate rises.")] = None,
-    patience: Annotated[int | None, typer.Option(help="Epochs without a better validation NRMSE before stopping.")] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Epochs without a better validation NRMSE before stopping.")
+    ] = None,
     standardise: Annotated[
         bool | None, typer.Option("--standardise/--no-standardise", help="Scale the hidden states per dimension.")
     ] = None,
     latent_size: Annotated[int | None, typer.Option(help="Width of the latent state.")] = None,
     num_heads: Annotated[int | None, typer.Option(help="Attention heads.")] = None,
     layer: Annotated[int | None, typer.Option(help="Which layer of a cache that has several.")] = None,
-    val_split: Annotated[str | None, typer.Option(help="Validation split; default validation, val, dev or trial.")] = None,
+    val_split: Annotated[
+        str | None, typer.Option(help="Validation split; default validation, val, dev or trial.")
+    ] = None,
     val_fraction: Annotated[
         float | None, typer.Option(help="Share of the training rows held out if there is no validation split.")
     ] = None,
@@ -93,10 +97,14 @@ def train(
             {"head": cell.head, "depth": cell.depth, "seed": cell.seed, **metrics}
             for cell, metrics in result.cells.items()
         ]
-        typer.echo(json.dumps({"runs": str(out), "cells": cells, "diverged": [str(c) for c in result.diverged]}, indent=2))
+        typer.echo(
+            json.dumps({"runs": str(out), "cells": cells, "diverged": [str(c) for c in result.diverged]}, indent=2)
+        )
     else:
         typer.echo(f"next: relish evaluate {out} --out report")
     if result.diverged:
         names = ", ".join(map(str, result.diverged))
-        typer.echo(f"error: the loss of {names} was no longer finite; try a lower --lr. The other cells are there", err=True)
+        typer.echo(
+            f"error: the loss of {names} was no longer finite; try a lower --lr. The other cells are there", err=True
+        )
         raise typer.Exit(2)

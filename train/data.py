@@ -72,7 +72,9 @@ def training_rows(cache: FeatureCache, settings: TrainSettings) -> tuple[Rows, R
     for rows in chosen:
         unlabelled = int(np.isnan(rows.target).sum())
         if unlabelled:
-            raise DataError(f"{unlabelled} of {len(rows)} rows of the split {rows.split.name!r} have no label; all need one")
+            raise DataError(
+                f"{unlabelled} of {len(rows)} rows of the split {rows.split.name!r} have no label; all need one"
+            )
     if len(chosen[0]) < 2:
         raise DataError(f"there are {len(chosen[0])} training rows; at least 2 are needed")
     return chosen

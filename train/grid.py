@@ -70,8 +70,8 @@ def train_heads(
 ) -> GridResult:
     """Train every cell of a grid; cells that are there already are kept.
 
-    On the CPU, with the same number of threads, a cell's weights are the same bit for bit whether it is trained alone or
-    in a grid: each cell draws from a generator of its own, and cells share nothing but the statistics of the rows.
+    On the CPU, with the same number of threads, a cell's weights are the same bit for bit whether it is trained alone
+    or in a grid: each cell draws from a generator of its own, and cells share nothing but the statistics of the rows.
 
     Args:
         cache: folder of the cache.
@@ -202,7 +202,9 @@ def _fit_ridge(head: Head, train: Rows, val: Rows, label_range: tuple[float, flo
     pooled = ((pool(hidden, mask, head.pooling).numpy(), target.double().numpy()) for hidden, mask, target in batches)
     solutions = solve_ridge(RidgeMoments.of(pooled, head.hidden_size))
     order = ordered_batches(val.lengths)
-    features = torch.cat([pool(hidden, mask, head.pooling) for hidden, mask, _ in read_ahead(val, order)]).double().numpy()
+    features = (
+        torch.cat([pool(hidden, mask, head.pooling) for hidden, mask, _ in read_ahead(val, order)]).double().numpy()
+    )
     target = val.target[np.concatenate(order)]
     errors = [score(target, features @ weights + intercept, label_range)["nrmse"] for weights, intercept in solutions]
     best = int(np.argmin(errors))

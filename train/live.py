@@ -79,7 +79,9 @@ class LiveTable:
         figures = self._metrics.get(cell, {}).get("val")
         if figures is None and record is not None:
             figures = {"nrmse": record.val_nrmse, "pearson": record.val_pearson}
-        shown = [f"{figures[name]:.4f}" if figures and figures[name] is not None else "" for name in ("nrmse", "pearson")]
+        shown = [
+            f"{figures[name]:.4f}" if figures and figures[name] is not None else "" for name in ("nrmse", "pearson")
+        ]
         if status == "training" and self._steps[cell]:
             status = f"{self._done.get(cell, 0) / self._steps[cell]:.0%}"
         loss = [str(record.epoch), f"{record.loss:.4f}"] if record is not None else ["", ""]

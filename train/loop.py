@@ -30,7 +30,7 @@ class EpochRecord:
     """Of training and validation."""
 
 
-class Diverged(Exception):  # noqa: N818 - an outcome of a cell, not an error of the user
+class Diverged(Exception):
     """The loss is no longer finite."""
 
 

@@ -157,7 +157,9 @@ def load_head(run: "str | Path | Run") -> Head:
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise RunError(f"{path} does not fit the settings in config.json ({reason}); train it again") from None
-    if count_parameters(head) != run.parameters or not all(value.isfinite().all() for value in head.state_dict().values()):
+    if count_parameters(head) != run.parameters or not all(
+        value.isfinite().all() for value in head.state_dict().values()
+    ):
         raise RunError(f"{path} holds NaN or another number of weights than config.json says; train it again")
     return head.eval()
 

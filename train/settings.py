@@ -90,7 +90,9 @@ class TrainSettings:
             if not 0 <= getattr(self, name) < 1:
                 raise SettingsError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
         if self.val_split is None and self.val_fraction == 0:
-            raise SettingsError("early stopping needs validation rows: val_fraction must be above 0, or name a val_split")
+            raise SettingsError(
+                "early stopping needs validation rows: val_fraction must be above 0, or name a val_split"
+            )
         if self.threads is not None and self.threads < 1:
             raise SettingsError(f"threads must be at least 1, not {self.threads}")
 

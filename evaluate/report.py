@@ -1,0 +1,138 @@
+"""The report: one HTML file that holds its figures and loads nothing, to be opened, mailed or printed."""
+
+import base64
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..cache.errors import require_extra
+from ..cache.fileio import write_text_durably
+from ..train.metrics import METRIC_NAMES, METRICS
+from .plots import plot_depth, plot_scatter
+from .summary import Results, Summary
+from .tables import (
+    best_means,
+    failure_notes,
+    format_depth,
+    format_estimate,
+    format_number,
+    heading,
+)
+
+_WORST = 15
+
+
+@dataclass(frozen=True)
+class WorstRow:
+    """One row that the best group gets wrong, in the label's unit."""
+
+    id: str
+    row: int
+    gold: float
+    predicted: float
+
+    @property
+    def error(self) -> float:
+        """Predicted minus gold."""
+        return self.predicted - self.gold
+
+
+def write_report(results: Results, folder: Path) -> Path:
+    """Write report.html, and beside it the figures it holds: scatter.png, and depth.png if two depths were trained.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        MissingExtraError: if matplotlib or jinja2 is not installed.
+    """
+    jinja2 = require_extra("jinja2", "report", "Writing the report")
+    folder.mkdir(parents=True, exist_ok=True)
+    best = results.best
+    figures = []
+    if best is not None:
+        plot_scatter(results, folder / "scatter.png")
+        figures.append(("scatter", f"Predicted against gold scores of {best.label}", folder / "scatter.png"))
+    if plot_depth(results, folder / "depth.png"):
+        figures.append(("depth", "Pearson, Spearman and NRMSE against the depth of the head", folder / "depth.png"))
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"number": format_number, "depth": format_depth, "parts": format_estimate}
+    template = environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    html = template.render(
+        results=results,
+        best=best,
+        headline=headline(results),
+        comparison=comparison(results),
+        best_means=best_means(results),
+        notes=failure_notes(results),
+        metrics=METRICS,
+        names=METRIC_NAMES,
+        heading=heading,
+        figures={name: {"alt": alt, "source": _data_uri(path)} for name, alt, path in figures},
+        worst=worst_rows(results),
+        meta=_shown(results.meta),
+    )
+    path = folder / "report.html"
+    write_text_durably(path, html)
+    return path
+
+
+def headline(results: Results) -> str:
+    """The result in one sentence."""
+    best = results.best
+    if best is None:
+        return f"No head gave usable predictions on the {results.rows:,} rows of {results.split}."
+    low, high = results.label_range
+    seeds = f"averaged over {best.seeds} seeds" if best.seeds > 1 else "with one seed"
+    error = format_number(best.metrics["mae"]["mean"])
+    off = f"it is {error} off on average, on a scale from {low:g} to {high:g}"
+    name = f"RELISH with L = {best.depth}" if best.head == "relish" else f"The head {best.label}"
+    pearson = best.metrics["pearson"]
+    if not math.isfinite(pearson["mean"]):
+        return f"{name} predicts a constant on {results.split} ({results.rows:,} rows): {off}."
+    interval = " to ".join(format_number(bound) for bound in pearson["ci95"])
+    return (
+        f"{name} reaches a Pearson correlation of {format_number(pearson['mean'])} (95 % interval {interval}) on "
+        f"the {results.rows:,} rows of {results.split}, {seeds}; {off}."
+    )
+
+
+def comparison(results: Results) -> str:
+    """How the best group stands to the best head of another kind; empty if there is none."""
+    best = results.best
+    others = [g for g in results.groups if best is not None and g.head != best.head]
+    others = [g for g in others if math.isfinite(_pearson(g))]
+    if best is None or not others or not math.isfinite(_pearson(best)):
+        return ""
+    second = max(others, key=_pearson)
+    gap = format_number(_pearson(best) - _pearson(second))
+    return f"That is {gap} above the best head of another kind, {second.label} ({format_number(_pearson(second))})."
+
+
+def worst_rows(results: Results) -> list[WorstRow]:
+    """The rows with the largest absolute error of the best group's predictions averaged over its seeds, worst first."""
+    best = results.best
+    if best is None:
+        return []
+    predicted = results.mean_prediction(best)
+    order = np.argsort(-np.abs(predicted - results.target), kind="stable")[:_WORST].tolist()
+    return [WorstRow(results.ids[i], int(results.row[i]), float(results.target[i]), float(predicted[i])) for i in order]
+
+
+def _pearson(group: Summary) -> float:
+    return group.metrics["pearson"]["mean"]
+
+
+def _shown(meta: dict[str, Any]) -> dict[str, str]:
+    """What made the results as text; entries that are None are left out."""
+    return {name: f"{v:,}" if type(v) is int else str(v) for name, v in meta.items() if v is not None}
+
+
+def _data_uri(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")

@@ -1,0 +1,192 @@
+"""From predictions to results: figures for each cell, and groups over seeds.
+
+A cell is one trained head (head kind, depth, seed); a group is the cells that differ in the seed alone.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..cache.errors import RelishError
+from ..train.metrics import METRICS, score
+from .bootstrap import intervals
+
+
+class Estimate(TypedDict):
+    """One metric of a group, in the metric's unit."""
+
+    mean: float
+    """Over the seeds."""
+    sd: float
+    """Sample standard deviation over the seeds (ddof = 1); NaN for one seed."""
+    ci95: tuple[float, float]
+    """Percentile bootstrap interval of the mean, over rows."""
+
+
+@dataclass(frozen=True, eq=False)
+class CellPredictions:
+    """What one trained head predicts: the input of `summarise`."""
+
+    head: str
+    depth: int
+    """Number of cross-attention steps L; 0 for a head that has no depth."""
+    seed: int
+    parameters: int
+    values: NDArray[np.floating]
+    """(N,) predicted scores, in the label's unit."""
+    status: str = "ok"
+    """Anything else says in words why the cell must not count, such as "diverged"."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The figures of one trained head; all NaN unless `status` is "ok"."""
+
+    head: str
+    depth: int
+    seed: int
+    parameters: int
+    metrics: dict[str, float]
+    status: str = "ok"
+
+    @property
+    def label(self) -> str:
+        """How text and legends call it."""
+        return group_label(self.head, self.depth)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The figures of one head and depth over its seeds; cells whose status is not "ok" do not count."""
+
+    head: str
+    depth: int
+    seeds: int
+    """How many."""
+    parameters: int
+    metrics: dict[str, Estimate]
+
+    @property
+    def label(self) -> str:
+        """How text and legends call it."""
+        return group_label(self.head, self.depth)
+
+
+@dataclass(frozen=True, eq=False)
+class Results:
+    """What the tables, plots and the report are made from. Cells and groups: other heads first, relish by depth."""
+
+    split: str
+    label_range: tuple[float, float]
+    cells: list[Cell]
+    groups: list[Summary]
+    ids: list[str]
+    row: NDArray[np.int64]
+    """(N,) positions in the input file."""
+    target: NDArray[np.float64]
+    """(N,) gold scores."""
+    predictions: NDArray[np.float64]
+    """(cells, N), in the order of `cells`."""
+    meta: dict[str, Any]
+    """What made them (model, prompt, layers, …): shown in the report as it stands."""
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return len(self.target)
+
+    @property
+    def best(self) -> Summary | None:
+        """The group of the highest mean Pearson, or of the lowest NRMSE where no Pearson exists."""
+
+        def key(group: Summary) -> tuple[float, float]:
+            pearson = group.metrics["pearson"]["mean"]
+            return (pearson if math.isfinite(pearson) else -2.0, -group.metrics["nrmse"]["mean"])
+
+        return max(self.groups, key=key, default=None)
+
+    @property
+    def failed(self) -> list[Cell]:
+        """The cells that do not count."""
+        return [cell for cell in self.cells if cell.status != "ok"]
+
+    def mean_prediction(self, group: Summary) -> NDArray[np.float64]:
+        """(N,) predictions averaged over the group's seeds."""
+        keep = [(c.head, c.depth, c.status) == (group.head, group.depth, "ok") for c in self.cells]
+        return self.predictions[keep].mean(axis=0)
+
+
+def summarise(
+    split: str,
+    label_range: Sequence[float],
+    ids: Sequence[str],
+    rows: Sequence[int] | NDArray[np.integer],
+    targets: Sequence[float] | NDArray[np.floating],
+    cells_with_predictions: Sequence[CellPredictions],
+    meta: Mapping[str, Any],
+) -> Results:
+    """Compute every figure and interval of a split.
+
+    A cell that predicts a value that is not finite keeps its place with the status "not finite" and counts in no group.
+
+    Raises:
+        RelishError: if there are no cells, two cells are the same, lengths differ, or targets or label range are wrong.
+    """
+    given = sorted(cells_with_predictions, key=lambda c: (c.head == "relish", c.head, c.depth, c.seed))
+    if not given:
+        raise RelishError("there are no trained heads to evaluate")
+    target = np.asarray(targets, dtype=np.float64)
+    for cell in given:
+        if not len(ids) == len(rows) == len(target) == len(cell.values):
+            raise RelishError(
+                f"{group_label(cell.head, cell.depth)}, seed {cell.seed}, has {len(cell.values)} predictions for "
+                f"{len(ids)} ids, {len(rows)} rows and {len(target)} targets"
+            )
+    for previous, cell in pairwise(given):
+        if (previous.head, previous.depth, previous.seed) == (cell.head, cell.depth, cell.seed):
+            raise RelishError(f"{group_label(cell.head, cell.depth)}, seed {cell.seed}, was given twice")
+
+    predictions = np.stack([np.asarray(cell.values, dtype=np.float64) for cell in given])
+    cells = []
+    members: dict[tuple[str, int], list[int]] = {}
+    for place, (cell, line) in enumerate(zip(given, predictions, strict=True)):
+        status = cell.status if cell.status != "ok" or np.isfinite(line).all() else "not finite"
+        metrics = score(target, line, label_range) if status == "ok" else dict.fromkeys(METRICS, math.nan)
+        cells.append(Cell(cell.head, cell.depth, cell.seed, cell.parameters, metrics, status))
+        if status == "ok":
+            members.setdefault((cell.head, cell.depth), []).append(place)
+
+    groups = []
+    for (head, depth), places in members.items():
+        limits = intervals(target, predictions[places], label_range)
+        estimates = {
+            name: _estimate(np.array([cells[place].metrics[name] for place in places]), limits[name])
+            for name in METRICS
+        }
+        groups.append(Summary(head, depth, len(places), cells[places[0]].parameters, estimates))
+    return Results(
+        split=split,
+        label_range=(float(label_range[0]), float(label_range[1])),
+        cells=cells,
+        groups=groups,
+        ids=[str(name) for name in ids],
+        row=np.asarray(rows, dtype=np.int64),
+        target=target,
+        predictions=predictions,
+        meta=dict(meta),
+    )
+
+
+def _estimate(values: NDArray[np.float64], limits: tuple[float, float]) -> Estimate:
+    sd = float(values.std(ddof=1)) if len(values) > 1 else math.nan
+    return {"mean": float(values.mean()), "sd": sd, "ci95": limits}
+
+
+def group_label(head: str, depth: int) -> str:
+    """`relish, L = 3`, or `ridge` for a head without depth."""
+    return f"{head}, L = {depth}" if depth else head

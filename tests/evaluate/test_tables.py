@@ -1,0 +1,249 @@
+import csv
+import io
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from relish.cache.errors import RelishError
+from relish.evaluate import files, tables
+from relish.evaluate.files import results_json, write_results
+from relish.evaluate.summary import CellPredictions, summarise
+from relish.evaluate.tables import print_table, to_latex, to_markdown
+from relish.train.metrics import METRICS, score
+
+ROWS = 40
+
+
+def make(cells=None, meta=None, split="test"):
+    """Results of ridge (one seed) and relish L = 1 and 2 (two seeds), given in no order; `cells` replaces them."""
+    rng = np.random.default_rng(0)
+    target = np.round(rng.uniform(0, 5, ROWS), 1)
+    if cells is None:
+        cells = [("relish", 2, 1), ("relish", 1, 0), ("relish", 2, 0), ("ridge", 0, 0), ("relish", 1, 1)]
+    given = []
+    for head, depth, seed, *rest in cells:
+        values = target + (1.5 - 0.5 * depth) * rng.normal(size=ROWS)
+        status = rest[0] if rest else "ok"
+        given.append(CellPredictions(head, depth, seed, 100 * (depth + 1), values.astype(np.float32), status))
+    ids = [f"r{i}" for i in range(ROWS)]
+    return summarise(split, (0, 5), ids, range(ROWS), target, given, meta or {})
+
+
+def collapsed():
+    """One seed that predicts a constant: correlations are NaN."""
+    target = np.arange(ROWS) / 8
+    cell = CellPredictions("relish", 3, 0, 10, np.full(ROWS, 2.5))
+    return summarise("test", (0, 5), [str(i) for i in range(ROWS)], range(ROWS), target, [cell], {})
+
+
+def printed(results, width=80, **options):
+    file = io.StringIO()
+    print_table(results, Console(file=file, width=width, **options))
+    return file.getvalue()
+
+
+def test_other_heads_come_first_and_relish_goes_by_depth():
+    results = make()
+    assert [(g.head, g.depth, g.seeds) for g in results.groups] == [("ridge", 0, 1), ("relish", 1, 2), ("relish", 2, 2)]
+    order = [(c.head, c.depth, c.seed) for c in results.cells]
+    assert order == [("ridge", 0, 0), ("relish", 1, 0), ("relish", 1, 1), ("relish", 2, 0), ("relish", 2, 1)]
+
+
+def test_figures_are_those_of_the_cells():
+    results = make()
+    for cell, values in zip(results.cells, results.predictions, strict=True):
+        assert cell.metrics == score(results.target, values, (0, 5))
+    group = results.groups[2]
+    two = [cell.metrics["pearson"] for cell in results.cells if cell.depth == 2]
+    estimate = group.metrics["pearson"]
+    assert estimate["mean"] == pytest.approx(np.mean(two))
+    assert estimate["sd"] == pytest.approx(np.std(two, ddof=1))
+    assert estimate["ci95"][0] < estimate["mean"] < estimate["ci95"][1]
+    assert math.isnan(results.groups[0].metrics["pearson"]["sd"])
+    assert results.best is group
+    np.testing.assert_allclose(results.mean_prediction(group), results.predictions[3:].mean(axis=0))
+
+
+def test_json_has_the_documented_keys():
+    text = json.loads(json.dumps(results_json(make(meta={"model": "m"})), allow_nan=False))
+    assert set(text) == {"split", "rows", "label_range", "cells", "groups", "meta"}
+    assert (text["split"], text["rows"], text["label_range"], text["meta"]) == ("test", ROWS, [0, 5], {"model": "m"})
+    for cell in text["cells"]:
+        assert list(cell) == ["head", "depth", "seed", "parameters", *METRICS]
+        assert all(isinstance(cell[name], float) for name in METRICS)
+    for group in text["groups"]:
+        assert list(group) == ["head", "depth", "seeds", "parameters", *METRICS]
+        for name in METRICS:
+            assert set(group[name]) == {"mean", "sd", "ci95"}
+            assert len(group[name]["ci95"]) == 2
+
+
+def test_json_has_null_for_what_does_not_exist():
+    text = json.loads(json.dumps(results_json(collapsed()), allow_nan=False))
+    assert text["cells"][0]["pearson"] is None
+    assert text["groups"][0]["pearson"] == {"mean": None, "sd": None, "ci95": [None, None]}
+    assert text["groups"][0]["rmse"]["sd"] is None
+
+
+def test_json_takes_any_meta(tmp_path):
+    meta = {"lr": math.nan, "rows": np.int64(3), "layers": (1, 2), "path": tmp_path, "none": None, "nested": {1: True}}
+    expected = {"lr": None, "rows": 3, "layers": [1, 2], "path": str(tmp_path), "none": None, "nested": {"1": True}}
+    assert results_json(make(meta=meta))["meta"] == expected
+
+
+def test_files(tmp_path):
+    results = make()
+    write_results(results, tmp_path / "new" / "folder")
+    folder = tmp_path / "new" / "folder"
+    assert sorted(path.name for path in folder.iterdir()) == ["predictions.csv", "results.csv", "results.json"]
+    assert json.loads((folder / "results.json").read_text("utf-8")) == results_json(results)
+
+    with (folder / "results.csv").open(newline="", encoding="utf-8") as file:
+        cells = list(csv.DictReader(file))
+    assert list(cells[0]) == ["head", "depth", "seed", "parameters", "status", *METRICS]
+    assert len(cells) == 5
+    assert float(cells[4]["nrmse"]) == results.cells[4].metrics["nrmse"]
+
+    with (folder / "predictions.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["head", "depth", "seed", "id", "row", "target", "prediction"]
+    assert len(rows) == 5 * ROWS
+    last = rows[-1]
+    assert (last["head"], last["depth"], last["seed"], last["id"], last["row"]) == ("relish", "2", "1", "r39", "39")
+    again = [float(row["prediction"]) for row in rows[-ROWS:]]
+    np.testing.assert_array_equal(again, results.predictions[-1])
+
+
+def test_files_are_replaced_whole(tmp_path, monkeypatch):
+    write_results(make(split="old"), tmp_path)
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(files.io, "StringIO", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_results(make(split="new"), tmp_path)
+    assert len((tmp_path / "results.csv").read_text("utf-8").splitlines()) == 6
+    assert not [path for path in tmp_path.iterdir() if path.suffix == ".tmp"]
+
+
+def test_a_cell_that_failed_keeps_its_place_and_counts_in_no_group(tmp_path):
+    cells = [("relish", 2, 0), ("relish", 2, 1, "diverged at\nepoch 2"), ("relish", 2, 2), ("mlp", 0, 0, "diverged")]
+    results = make(cells)
+    assert [(g.label, g.seeds) for g in results.groups] == [("relish, L = 2", 2)]
+    assert [cell.label for cell in results.failed] == ["mlp", "relish, L = 2"]
+    note = "relish, L = 2, seed 1, does not count: diverged at epoch 2."
+    assert note in to_markdown(results)
+    assert f"% {note}" in to_latex(results)
+    assert "does not count" in printed(results)
+    entries = results_json(results)["cells"]
+    assert entries[0]["status"] == "diverged"
+    assert entries[0]["pearson"] is None
+    assert "status" not in entries[1]
+    write_results(results, tmp_path)
+    assert (tmp_path / "results.csv").read_text("utf-8").splitlines()[1] == "mlp,0,0,100,diverged,,,,,,"
+
+
+def test_predictions_that_are_not_finite_make_a_failed_cell():
+    values = np.full(3, math.nan)
+    cell = CellPredictions("relish", 3, 0, 10, values)
+    results = summarise("test", (0, 1), list("abc"), [0, 1, 2], [0, 0.5, 1], [cell], {})
+    assert results.cells[0].status == "not finite"
+    assert results.groups == []
+    assert results.best is None
+    assert "does not count: not finite" in to_markdown(results)
+
+
+def test_markdown():
+    lines = to_markdown(make()).splitlines()
+    assert lines[0].startswith("| Head | L | Parameters | Seeds | Pearson ↑ |")
+    widths = {len(re.findall(r"(?<!\\)\|", line)) for line in lines[:5]}
+    assert widths == {11}
+    assert lines[2].startswith("| ridge | – | 100 | 1 | ")
+    assert re.search(r"\| \*\*\d\.\d{3}\*\* ± \d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\] \|", lines[4])
+    assert "±" not in lines[2]
+    assert "Split test, 40 rows, labels from 0 to 5." in lines[-1]
+
+
+def test_the_best_of_each_column_is_bold():
+    results = make()
+    lines = to_markdown(results).splitlines()[2:5]
+    columns = list(zip(*([c.strip() for c in re.split(r"(?<!\\)\|", line)[5:-1]] for line in lines), strict=True))
+    for name, column in zip(METRICS, columns, strict=True):
+        means = [group.metrics[name]["mean"] for group in results.groups]
+        best = np.argmin(means) if name in ("nrmse", "rmse", "mae") else np.argmax(means)
+        assert [text.startswith("**") for text in column] == [place == best for place in range(3)]
+
+
+def test_markdown_escapes_a_bar():
+    assert "a\\|b" in to_markdown(make([("a|b", 0, 0)]))
+
+
+def test_latex():
+    text = to_latex(make([("my_head & co", 0, 0), ("relish", 2, 0), ("relish", 2, 1)]))
+    assert r"\begin{tabular}{lrrrrrrrrr}" in text
+    assert [text.count(rule) for rule in (r"\toprule", r"\midrule", r"\bottomrule")] == [1, 1, 1]
+    assert r"my\_head \& co & -- & 100 & 1 & " in text
+    assert re.search(r"\\textbf\{\d\.\d{3}\} \{\\scriptsize \$\\pm\$ \d\.\d{3}\} &", text)
+    body = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert len(body) == 3
+    assert all(len(re.findall(r"(?<!\\)&", line)) == 9 for line in body)
+    assert all(line.isascii() for line in body)
+
+
+def test_one_group_has_no_best():
+    results = make([("relish", 2, 0)])
+    assert "**" not in to_markdown(results)
+    assert "textbf" not in to_latex(results)
+
+
+def test_values_that_do_not_exist_are_dashes():
+    line = to_markdown(collapsed()).splitlines()[2]
+    assert line.startswith("| relish | 3 | 10 | 1 | – | – | – | 0.")
+    assert " & -- & -- & -- & 0." in to_latex(collapsed())
+    assert "nan" not in printed(collapsed()).lower()
+
+
+def test_negative_correlations_have_a_true_minus():
+    assert tables.format_number(-0.25) == "−0.250"
+    assert tables.format_number(math.nan) == "–"
+
+
+def test_the_printed_table_fits_80_columns():
+    text = printed(make())
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert re.search(r"relish +2 +300 +2 +0\.\d{3} ± 0\.\d{3} +0\.\d{3} ± 0\.\d{3}", text)
+    assert re.search(r"\[\d\.\d{3}, \d\.\d{3}\] +\[\d\.\d{3}, \d\.\d{3}\]", text)
+
+
+def test_the_printed_table_takes_a_terminal_without_unicode():
+    class Legacy(io.StringIO):
+        encoding = "ascii"
+
+    file = Legacy()
+    print_table(make(), Console(file=file, width=80))
+    assert file.getvalue().isascii()
+    assert "Pearson ^" in file.getvalue()
+
+
+def test_the_printed_table_takes_markup_in_names():
+    assert "[bold]x" in printed(make([("[bold]x", 0, 0)]))
+
+
+def test_wrong_input():
+    target = [1.0, 2.0]
+    cell = CellPredictions("relish", 3, 0, 1, np.zeros(2))
+    with pytest.raises(RelishError, match="no trained heads"):
+        summarise("test", (0, 5), ["a", "b"], [0, 1], target, [], {})
+    with pytest.raises(RelishError, match="relish, L = 3, seed 0, was given twice"):
+        summarise("test", (0, 5), ["a", "b"], [0, 1], target, [cell, cell], {})
+    with pytest.raises(RelishError, match="has 2 predictions for 1 ids, 2 rows and 2 targets"):
+        summarise("test", (0, 5), ["a"], [0, 1], target, [cell], {})
+    with pytest.raises(RelishError, match="1 of 2 targets are not finite"):
+        summarise("test", (0, 5), ["a", "b"], [0, 1], [1.0, math.nan], [cell], {})
+    with pytest.raises(RelishError, match="label range"):
+        summarise("test", (5, 0), ["a", "b"], [0, 1], target, [cell], {})

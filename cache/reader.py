@@ -145,7 +145,7 @@ class Split:
         lengths = self.lengths[rows]
         T = int(lengths.max())
         hidden = torch.empty(len(rows), T, self.cache.hidden_size, dtype=self._dtype.torch)
-        place = memoryview(hidden.view(torch.uint8).numpy()).cast("B")
+        place = hidden.view(torch.uint8).numpy().data.cast("B")
         token_bytes = self._layouts[0].token_bytes
         for number, (row, length) in enumerate(zip(rows.tolist(), lengths.tolist(), strict=True)):
             begin = number * T * token_bytes

@@ -96,7 +96,7 @@ class ShardWriter:
         self._descriptor = os.open(self._temporary, os.O_RDWR | getattr(os, "O_BINARY", 0))
         allocate(self._descriptor, size)
         for name, place in places.items():
-            write_at(self._descriptor, memoryview(columns[name]).cast("B"), place)
+            write_at(self._descriptor, columns[name].data.cast("B"), place)
 
     def write(self, position: int, states: "torch.Tensor") -> None:
         """Write one row's real tokens.
@@ -109,14 +109,14 @@ class ShardWriter:
 
         crc = 0
         for layer, values in enumerate(states):
-            data = memoryview(values.contiguous().view(torch.uint8).numpy()).cast("B")
+            data = values.contiguous().view(torch.uint8).numpy().data.cast("B")
             write_at(self._descriptor, data, self._hidden + self.layout.place(position, layer))
             crc = zlib.crc32(data, crc)
         self._checksum[position] = crc
 
     def commit(self) -> ShardRecord:
         """Make the shard durable under its own name, and return its record for the manifest."""
-        write_at(self._descriptor, memoryview(self._checksum).cast("B"), self._checksum_place)
+        write_at(self._descriptor, self._checksum.data.cast("B"), self._checksum_place)
         os.fsync(self._descriptor)
         size = os.fstat(self._descriptor).st_size
         rows = len(self._lengths)
@@ -217,7 +217,7 @@ def _lay_out(
 ) -> tuple[dict[str, np.ndarray], dict[str, int], int]:
     """Create the file with empty datasets; return the small columns, each dataset's place, and the file's size."""
     import h5py
-    from h5py import h5d, h5p, h5s, h5t
+    from h5py import h5d, h5p, h5s, h5t  # pyright: ignore[reportAttributeAccessIssue]
 
     rows, slots = len(ids), layout.T
     mask = np.zeros((rows, slots), dtype=np.uint8)

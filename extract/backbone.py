@@ -180,7 +180,8 @@ class Backbone:
         input_ids[mask == 0] = self.tokenizer.pad_token_id or 0
         arguments = {"use_cache": False} if hasattr(self._text_config, "use_cache") else {}
         with torch.inference_mode():
-            output = self._model(
+            model: Any = self._model
+            output = model(
                 input_ids=torch.from_numpy(input_ids).to(self.device),
                 attention_mask=torch.from_numpy(mask).to(self.device),
                 **arguments,

@@ -1,6 +1,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from relish.cache.errors import DataError
 from relish.extract.prompt import fill, prompt_fields
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from relish.cache.errors import DataError
 from relish.extract.rows import Columns, SplitData, guess_text_column, label_range_of, load_split, resolve_columns
 from relish.extract.tasks import TASKS

@@ -4,6 +4,7 @@ import json
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from relish.cache.errors import DataError
 from relish.extract.tables import hub_splits, read_hub, read_rows
 

@@ -1,4 +1,5 @@
 import pytest
+
 from relish.cache.errors import DataError
 from relish.extract.prompt import prompt_fields
 from relish.extract.rows import load_split, resolve_columns

@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from relish.cache.identity import Identity
 from relish.cache.writer import CacheWriter, SplitRows
 
@@ -20,7 +21,9 @@ def write_cache(
     fill=None,
 ) -> Path:
     """A cache of random hidden states whose target is a linear function of the mean of some dimensions."""
-    identity = Identity("m", None, "w", "c", "t", "{text}", False, 64, False, layers, hidden, "bfloat16", "float32", "5")
+    identity = Identity(
+        "m", None, "w", "c", "t", "{text}", False, 64, False, layers, hidden, "bfloat16", "float32", "5"
+    )
     writer = CacheWriter(folder, identity=identity, label_range=(0.0, 5.0), task=None, made_by={})
     for number, (name, size) in enumerate((sizes or SIZES).items()):
         draw = np.random.default_rng(number)

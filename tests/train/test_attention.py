@@ -1,7 +1,8 @@
 import pytest
 import torch
-from relish.train.attention import FoldedCrossAttention
 from torch import nn
+
+from relish.train.attention import FoldedCrossAttention
 
 
 def both(d: int, heads: int, dtype: torch.dtype) -> tuple[FoldedCrossAttention, nn.MultiheadAttention]:

@@ -3,6 +3,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from relish.cache.errors import CacheError, DataError
 from relish.cache.reader import open_cache
 from relish.train.data import Rows, feature_moments, ordered_batches, read_ahead, shuffled_batches, training_rows

@@ -4,6 +4,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from relish.cache.errors import RunError
 from relish.cache.reader import open_cache
 from relish.train.data import Rows
@@ -11,7 +13,6 @@ from relish.train.grid import CellName, grid_cells, train_heads
 from relish.train.loop import predict_rows
 from relish.train.run import load_head, load_run
 from relish.train.settings import HEADS, TrainSettings
-from safetensors.torch import load_file
 
 from .conftest import write_cache
 

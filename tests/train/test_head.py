@@ -1,10 +1,11 @@
 import pytest
 import torch
+from torch import Tensor, nn
+
 from relish.cache.errors import SettingsError
 from relish.train.head import RelishHead
 from relish.train.heads import HeadSpec, build_head, count_parameters
 from relish.train.settings import HEADS
-from torch import Tensor, nn
 
 
 class PlainRelish(nn.Module):

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
-from relish.train.ridge import ALPHAS, Moments, solve_ridge
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
+
+from relish.train.ridge import ALPHAS, Moments, solve_ridge
 
 
 @pytest.mark.parametrize(("rows", "width"), [(200, 7), (20, 50)])

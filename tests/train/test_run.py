@@ -2,11 +2,12 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from relish.cache.errors import RunError
 from relish.train.grid import train_heads
 from relish.train.run import find_runs, load_head, load_run
 from relish.train.settings import TrainSettings
-from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture

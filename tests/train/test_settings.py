@@ -1,4 +1,5 @@
 import pytest
+
 from relish.cache.errors import SettingsError
 from relish.train.settings import TrainSettings, parse_range
 

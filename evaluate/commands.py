@@ -89,8 +89,14 @@ def predict(
 
     console = Console(stderr=True)
     columns = (TextColumn("predict"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("predict", total=None)
+    bar = Progress(*columns, console=console)
+    task = bar.add_task("predict", total=None)
+
+    def advance(done: int, total: int) -> None:
+        bar.start()  # not before: an error should not come below an empty bar
+        bar.update(task, completed=done, total=total)
+
+    try:
         rows = predict_scores(
             run,
             model=model,
@@ -104,8 +110,10 @@ def predict(
             device=device,
             batch_tokens=batch_tokens,
             note=lambda text: console.print(text, markup=False, highlight=False),
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=advance,
         )
+    finally:
+        bar.stop()
     typer.echo(f"{out}: {rows:,} scores")
 
 

@@ -1,0 +1,51 @@
+import json
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from relish.cli import app
+
+
+def relish(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_the_table_the_report_and_the_other_formats(runs, tmp_path):
+    shown = relish("evaluate", runs, "--out", tmp_path / "report")
+    assert shown.exit_code == 0, shown.output
+    assert "Pearson" in shown.output
+    assert (tmp_path / "report/report.html").exists()
+    assert relish("evaluate", runs, "--format", "markdown").output.startswith("| Head |")
+    assert r"\begin{tabular}" in relish("evaluate", runs, "--format", "latex").output
+    assert json.loads(relish("evaluate", runs, "--json").stdout)["split"] == "test"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--split", "nope"], "has no split 'nope', only train, dev, test; add it with: relish extract"),
+        (["--cache", "nowhere"], "is not a relish cache: it has no manifest.json"),
+        (["--device", "tpu"], "the device 'tpu' is not available here; it may be one of auto, cpu, cuda, mps"),
+    ],
+)
+def test_wrong_input_ends_with_code_2_and_one_sentence(runs, words, message):
+    result = relish("evaluate", runs, *words)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_no_runs(tmp_path):
+    result = relish("evaluate", tmp_path)
+    assert result.exit_code == 2
+    assert "there is no trained head in" in result.stderr
+
+
+def test_a_report_without_matplotlib_names_the_pip_command_before_any_work(runs, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = relish("evaluate", runs, "--out", tmp_path / "report")
+    assert result.exit_code == 2
+    assert "pip install 'relish-llm[report]'" in result.stderr
+    assert not (tmp_path / "report").exists()

@@ -1,0 +1,106 @@
+import csv
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from relish.cache.errors import CacheError, DataError, RunError
+from relish.cache.reader import open_cache
+from relish.evaluate.results import evaluate_runs
+from relish.train.grid import train_heads
+from relish.train.metrics import score
+from relish.train.run import load_head
+from relish.train.settings import TrainSettings
+
+from ..train.conftest import write_cache
+from .conftest import SMALL
+
+
+def test_figures_are_those_of_the_loaded_heads_on_the_split(cache, runs):
+    results = evaluate_runs(runs)
+    assert [(c.head, c.depth, c.seed) for c in results.cells] == [
+        ("ridge", 0, 0),
+        ("relish", 1, 0),
+        ("relish", 1, 1),
+        ("relish", 2, 0),
+        ("relish", 2, 1),
+    ]
+    split = open_cache(cache).split("test")
+    head = load_head(runs / "relish-L2-seed1")
+    with torch.inference_mode():
+        alone = np.array([head(*split.read([row])).item() for row in range(len(split))])
+    np.testing.assert_allclose(results.predictions[4], alone, atol=1e-5)
+    figures = score(split.target, alone, (0, 5))
+    assert results.cells[4].metrics == pytest.approx(figures, abs=1e-5)
+    assert results.ids == split.ids
+
+
+def test_the_report_folder_holds_what_the_design_says(runs, tmp_path):
+    evaluate_runs(runs, out=tmp_path / "report")
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == [
+        "depth.png",
+        "predictions.csv",
+        "report.html",
+        "results.csv",
+        "results.json",
+        "scatter.png",
+    ]
+    figures = json.loads((tmp_path / "report/results.json").read_text())
+    assert (figures["split"], len(figures["cells"]), len(figures["groups"])) == ("test", 5, 3)
+    with (tmp_path / "report/predictions.csv").open() as file:
+        assert sum(1 for _ in csv.DictReader(file)) == 5 * 32
+
+
+def test_another_split_and_a_cache_that_has_moved(cache, runs, tmp_path):
+    assert evaluate_runs(runs, split="dev").rows == 32
+    moved = shutil.copytree(cache, tmp_path / "moved")
+    assert evaluate_runs(runs, cache=moved).rows == 32
+
+
+def test_one_run_alone(runs):
+    assert len(evaluate_runs(runs / "relish-L1-seed0").cells) == 1
+
+
+def test_a_cache_of_another_hidden_size_is_refused(runs, tmp_path):
+    other = write_cache(tmp_path / "other", hidden=16)
+    message = r"the head relish-L1-seed0 reads hidden states of size 24, and those of the cache .*other have 16"
+    with pytest.raises(RunError, match=message):
+        evaluate_runs(runs, cache=other)
+
+
+def test_a_cache_of_another_identity_is_refused(runs, tmp_path):
+    other = write_cache(tmp_path / "other")
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["identity"]["prompt"] = "Rate: {text}"
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CacheError, match=r"prompt is '\{text\}' there and 'Rate: \{text\}' here"):
+        evaluate_runs(runs, cache=other)
+
+
+def test_a_missing_split_a_missing_cache_and_unlabelled_rows_are_refused(runs, tmp_path):
+    with pytest.raises(CacheError, match="has no split 'nope', only train, dev, test"):
+        evaluate_runs(runs, split="nope")
+    cache = write_cache(tmp_path / "c", sizes={"train": 30, "dev": 10})
+    train_heads(cache, tmp_path / "r", TrainSettings(depths=(1,), **SMALL))
+    shutil.rmtree(cache)
+    with pytest.raises(RunError, match="the cache of these runs is no longer at .*; say where it is with --cache"):
+        evaluate_runs(tmp_path / "r")
+    unlabelled = write_cache(tmp_path / "u", label=float("nan"))
+    with pytest.raises(DataError, match="32 of 32 rows of the split 'test' have no label to compare with"):
+        evaluate_runs(runs, cache=unlabelled)
+
+
+def test_training_and_evaluating_never_import_transformers(cache, tmp_path):
+    code = (
+        "import sys, relish\n"
+        "from relish.train.settings import TrainSettings\n"
+        "s = TrainSettings(depths=(1,), epochs=1, latent_size=32, num_heads=4, device='cpu')\n"
+        f"relish.train_heads({str(cache)!r}, {str(tmp_path / 'r')!r}, s)\n"
+        f"relish.evaluate_runs({str(tmp_path / 'r')!r}, out={str(tmp_path / 'report')!r})\n"
+        "assert 'transformers' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)

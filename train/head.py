@@ -70,14 +70,23 @@ class RelishHead(nn.Module):
         """
         mask = mask.bool()
         bias = torch.zeros(mask.shape, device=hidden.device).masked_fill_(~mask, float("-inf")).unsqueeze(1)
-        weight, shift = self.input_scale.fold(self.input_projection.weight, self.input_projection.bias)
-        tokens = nn.functional.linear(hidden.to(weight.dtype), weight, shift)
-        # Padding may hold anything, and 0 × NaN is NaN: it must be zero, not only unattended.
-        tokens = tokens.masked_fill(~mask.unsqueeze(-1), 0.0)
+        # A third of a random batch is padding. On a GPU, finding the real tokens would wait for the device.
+        tokens = self._project(hidden, mask, real_only=hidden.device.type == "cpu")
         state = self.latent.expand(len(hidden), -1)
         for step in self.steps:
             state = step(state, tokens, bias.to(tokens.dtype))
         return self.target_scale(self.regressor(state).squeeze(-1))
+
+    def _project(self, hidden: Tensor, mask: Tensor, *, real_only: bool) -> Tensor:
+        """W_p H + b_p of standardised hidden states: (B, T, D) to (B, T, d), zero where padded."""
+        weight, shift = self.input_scale.fold(self.input_projection.weight, self.input_projection.bias)
+        if real_only:
+            tokens = weight.new_zeros(*mask.shape, len(weight))
+            tokens[mask] = nn.functional.linear(hidden[mask].to(weight.dtype), weight, shift)
+            return tokens
+        tokens = nn.functional.linear(hidden.to(weight.dtype), weight, shift)
+        # Padding may hold anything, and 0 × NaN is NaN: it must be zero, not only unattended.
+        return tokens.masked_fill(~mask.unsqueeze(-1), 0.0)
 
     def load_published_state_dict(self, published: Mapping[str, Tensor]) -> None:
         """Load weights in the layout of the authors' module.

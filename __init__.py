@@ -13,16 +13,20 @@ if TYPE_CHECKING:
     from .evaluate.predict import predict_scores as predict_scores
     from .evaluate.results import evaluate_runs as evaluate_runs
     from .extract.pipeline import extract_cache as extract_cache
+    from .extract.settings import ExtractSettings as ExtractSettings
     from .train.grid import train_heads as train_heads
     from .train.head import RelishHead as RelishHead
     from .train.run import load_head as load_head
+    from .train.settings import TrainSettings as TrainSettings
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "ExtractSettings": ".extract.settings",
     "FeatureCache": ".cache.reader",
     "RelishError": ".cache.errors",
     "RelishHead": ".train.head",
+    "TrainSettings": ".train.settings",
     "evaluate_runs": ".evaluate.results",
     "extract_cache": ".extract.pipeline",
     "load_head": ".train.run",

@@ -1,6 +1,6 @@
 """The command `relish`: the four stages' commands in one place."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -21,15 +21,35 @@ class _Group(TyperGroup):
             raise typer.Exit(2) from None
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from . import __version__
+
+        typer.echo(f"relish {__version__}")
+        raise typer.Exit
+
+
 app = typer.Typer(
     cls=_Group,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="RELISH text regression: predict a number from a text with a frozen LLM.\n\n"
-    "extract runs the LLM once and caches its hidden states; train and evaluate work from the cache alone.",
 )
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """RELISH text regression: predict a number from a text with a frozen LLM.
+
+    extract runs the LLM once and caches its hidden states; train and evaluate work from the cache alone.
+    """
+
+
 register_extract(app)
 app.add_typer(cache_app, name="cache")
 register_train(app)

@@ -49,6 +49,8 @@ def info(
     if figures["task"]:
         facts.add_row("task", figures["task"])
     for name, value in {**figures["identity"], **figures["made_by"]}.items():
+        if value is None:
+            continue
         text = value if isinstance(value, str) else json.dumps(value)
         short = f"{text[:16]}…" if name in ("weights", "config", "tokenizer") else text
         facts.add_row(name, repr(short)[1:-1] if name == "prompt" else short)
@@ -83,7 +85,7 @@ def verify(cache: CachePath) -> None:
 @app.command()
 def merge(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the joined cache.")],
-    caches: Annotated[list[Path], typer.Argument(metavar="CACHE...", help="Caches of one identity.")],
+    caches: Annotated[list[Path], typer.Argument(metavar="CACHE", help="Caches of one identity.")],
 ) -> None:
     """Join caches of one identity: their splits come together in a new cache.
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from .errors import CacheError
 from .fileio import replace_durably, temporary_name
-from .identity import refuse_differences
+from .identity import Identity, refuse_differences
+from .manifest import ShardRecord
 from .reader import open_cache
 from .verify import verify_shard
 
@@ -50,18 +51,29 @@ def merge_caches(out: Path, caches: list[Path]) -> None:
             if have is None or len(split.shards) > len(have[1].shards):
                 chosen[name] = (cache.folder, split)
     out.mkdir(parents=True, exist_ok=True)
-    identity = first.identity
-    for folder, split in chosen.values():
-        for record in split.shards:
-            temporary = temporary_name(out / record.file)
-            shutil.copyfile(folder / record.file, temporary)
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            replace_durably(temporary, out / record.file)
-            wrong = verify_shard(
-                out, record, layers=len(identity.layers), width=identity.hidden_size, dtype=identity.dtype
-            )
-            if wrong:
-                (out / record.file).unlink()
-                raise CacheError(f"{folder / record.file} is damaged, nothing was merged: {wrong[0]}")
-    replace(first, splits={name: split for name, (_, split) in chosen.items()}).save(out)
+    made: list[Path] = []
+    try:
+        for folder, split in chosen.values():
+            for record in split.shards:
+                made += [temporary_name(out / record.file), out / record.file]
+                _copy_shard(folder, out, record, first.identity)
+        replace(first, splits={name: split for name, (_, split) in chosen.items()}).save(out)
+    except BaseException:
+        for path in made:
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _copy_shard(source: Path, out: Path, record: ShardRecord, identity: Identity) -> None:
+    path, copy = source / record.file, out / record.file
+    if not path.is_file():
+        raise CacheError(f"nothing was merged: the shard {path} is missing; restore it from a copy")
+    temporary = temporary_name(copy)
+    shutil.copyfile(path, temporary)
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())
+    replace_durably(temporary, copy)
+    # The copy is what is read, so that a fault in the copying shows as well.
+    wrong = verify_shard(out, record, layers=len(identity.layers), width=identity.hidden_size, dtype=identity.dtype)
+    if wrong:
+        raise CacheError(f"nothing was merged: {wrong[0].replace(str(copy), str(path))}")

@@ -90,13 +90,18 @@ class ShardWriter:
         self._lengths = np.array([len(tokens) for tokens in input_ids], dtype=np.int64)
         self.layout = HiddenLayout(layers, int(self._lengths.max()), width, dtype)
         self._checksum = np.zeros(len(input_ids), dtype="<u4")
-        columns, places, size = _lay_out(self._temporary, self.layout, input_ids, target, row, ids)
-        self._hidden = places.pop("hidden")
-        self._checksum_place = places.pop("checksum")
-        self._descriptor = os.open(self._temporary, os.O_RDWR | getattr(os, "O_BINARY", 0))
-        allocate(self._descriptor, size)
-        for name, place in places.items():
-            write_at(self._descriptor, columns[name].data.cast("B"), place)
+        self._descriptor: int | None = None
+        try:
+            columns, places, size = _lay_out(self._temporary, self.layout, input_ids, target, row, ids)
+            self._hidden = places.pop("hidden")
+            self._checksum_place = places.pop("checksum")
+            self._descriptor = os.open(self._temporary, os.O_RDWR | getattr(os, "O_BINARY", 0))
+            allocate(self._descriptor, size)
+            for name, place in places.items():
+                write_at(self._descriptor, columns[name].data.cast("B"), place)
+        except BaseException:
+            self.abandon()
+            raise
 
     def write(self, position: int, states: "torch.Tensor") -> None:
         """Write one row's real tokens.
@@ -107,6 +112,7 @@ class ShardWriter:
         """
         import torch
 
+        assert self._descriptor is not None
         crc = 0
         for layer, values in enumerate(states):
             data = values.contiguous().view(torch.uint8).numpy().data.cast("B")
@@ -116,12 +122,14 @@ class ShardWriter:
 
     def commit(self) -> ShardRecord:
         """Make the shard durable under its own name, and return its record for the manifest."""
+        assert self._descriptor is not None
         write_at(self._descriptor, self._checksum.data.cast("B"), self._checksum_place)
         os.fsync(self._descriptor)
         size = os.fstat(self._descriptor).st_size
         rows = len(self._lengths)
         digest = _hash_around(self._descriptor, size, self._hidden, rows * self.layout.row_bytes)
         os.close(self._descriptor)
+        self._descriptor = None
         replace_durably(self._temporary, self._final)
         return ShardRecord(
             file=self._final.name,
@@ -135,7 +143,9 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Drop the temporary file."""
-        os.close(self._descriptor)
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
         self._temporary.unlink(missing_ok=True)
 
 

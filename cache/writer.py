@@ -93,7 +93,9 @@ class CacheWriter:
                 f"{len(lengths)} here; ids, texts, targets or their order differ). "
                 "Give the file it was made from, or choose another split name or folder"
             )
-        elif [record.rows for record in known.shards] != [len(shard) for shard in shards[: len(known.shards)]]:
+        elif known.planned != len(shards) or any(
+            record.rows != len(shard) for record, shard in zip(known.shards, shards, strict=False)
+        ):
             raise CacheError(
                 f"the split {name!r} of the cache {self.folder} was begun with another --shard-rows than {shard_rows}; "
                 "use the same value to go on"
@@ -139,10 +141,11 @@ class SplitWriter:
         )
         try:
             yield writer
+            record = writer.commit()
         except BaseException:
             writer.abandon()
             raise
-        self.record = replace(self.record, shards=(*self.record.shards, writer.commit()))
+        self.record = replace(self.record, shards=(*self.record.shards, record))
         manifest = self._cache.manifest
         self._cache.manifest = replace(manifest, splits={**manifest.splits, self._name: self.record})
         self._cache.manifest.save(folder)

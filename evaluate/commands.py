@@ -39,8 +39,8 @@ def evaluate(
 
     Examples:
 
+    \b
     relish evaluate runs --out report
-
     relish evaluate runs --split dev --format markdown
     """
     from .files import results_json
@@ -68,7 +68,9 @@ def predict(
     out: Annotated[Path, typer.Option("--out", help="CSV to write: the input's columns and score.")],
     gguf_file: Annotated[str | None, typer.Option(help="Name of the GGUF inside the folder or repository.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run Python code that the model's repository ships.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that the model's repository ships.")
+    ] = False,
     prompt: Annotated[str | None, typer.Option(help="Refuse unless this is the head's prompt.")] = None,
     layer: Annotated[int | None, typer.Option(help="Refuse unless this is the head's layer.")] = None,
     device: Annotated[str, typer.Option(help="cuda, mps, cpu or auto.")] = "auto",
@@ -80,6 +82,7 @@ def predict(
 
     Example:
 
+    \b
     relish predict runs/relish-L3-seed0 --model HuggingFaceTB/SmolLM2-135M-Instruct --data new.csv --out scores.csv
     """
     from rich.console import Console
@@ -90,11 +93,12 @@ def predict(
     console = Console(stderr=True)
     columns = (TextColumn("predict"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"), TimeRemainingColumn())
     bar = Progress(*columns, console=console)
-    task = bar.add_task("predict", total=None)
 
     def advance(done: int, total: int) -> None:
-        bar.start()  # not before: an error should not come below an empty bar
-        bar.update(task, completed=done, total=total)
+        if not bar.tasks:  # not before: an error should not come below an empty bar
+            bar.add_task("predict", total=total)
+            bar.start()
+        bar.update(bar.tasks[0].id, completed=done)
 
     try:
         rows = predict_scores(
@@ -113,12 +117,13 @@ def predict(
             progress=advance,
         )
     finally:
-        bar.stop()
+        if bar.tasks:
+            bar.stop()
     typer.echo(f"{out}: {rows:,} scores")
 
 
 def demo(
-    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where to work.")] = Path("relish-demo"),
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to work.")] = Path("relish-demo"),
 ) -> None:
     """Run the whole pipeline on SmolLM2-135M-Instruct and 3,300 tweets that people rated; no hub needed.
 

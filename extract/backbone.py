@@ -196,7 +196,8 @@ class Backbone:
             return getattr(self._transformers, factory).from_pretrained(
                 str(self.files.folder), **self._options, **options
             )
-        except (OSError, ValueError, ImportError, KeyError, RuntimeError, AttributeError, TypeError) as error:
+        except Exception as error:
+            # Broken files raise whatever their library likes: safetensors and tokenizers have plain Exceptions.
             reason = " ".join(str(error).split())[:300]
             raise BackboneError(f"transformers cannot load {self.files.name} ({factory}): {reason}") from error
 

@@ -17,7 +17,9 @@ def extract(
     model: Annotated[str, typer.Option("--model", help="Hub id, local folder or GGUF file of a causal LM or encoder.")],
     gguf_file: Annotated[str | None, typer.Option(help="Name of the GGUF inside that folder or repository.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run Python code that the model's repository ships.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that the model's repository ships.")
+    ] = False,
     task: Annotated[
         str | None, typer.Option("--task", help="Preset: stsb, sick, wmt-en-zh, wmt-ru-en or wmt-si-en.")
     ] = None,
@@ -29,7 +31,9 @@ def extract(
     prompt: Annotated[
         str | None, typer.Option("--prompt", help='Template over column names: "{title}: {text}".')
     ] = None,
-    chat_template: Annotated[bool, typer.Option(help="Put the prompt through the model's chat template.")] = False,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Put the prompt through the model's chat template.")
+    ] = False,
     target_column: Annotated[str | None, typer.Option(help="Column of the gold score.")] = None,
     id_column: Annotated[str | None, typer.Option(help="Column of the rows' ids.")] = None,
     label_range: Annotated[
@@ -59,13 +63,13 @@ def extract(
 
     Examples:
 
+    \b
     relish extract sts-cache --model HuggingFaceTB/SmolLM2-135M-Instruct --task stsb
-
     relish extract sts-cache --model ./SmolLM2.gguf --task stsb --data train=train.csv --data test=test.csv
-
-    relish extract my-cache --model Qwen/Qwen3-8B --data train=a.csv --data test=b.jsonl --prompt "Essay: {text}"
-    --target-column score --label-range 1,6
+    relish extract my-cache --model Qwen/Qwen3-8B --data train=a.csv --data test=b.jsonl \\
+        --prompt "Essay: {text}" --target-column score --label-range 1,6
     """
+    from ..cache.reader import open_cache
     from .live import ExtractBar
     from .pipeline import extract_cache
     from .settings import ExtractSettings, parse_data, parse_label_range, parse_layers
@@ -117,4 +121,6 @@ def extract(
     )
     if not summary.computed_tokens:
         typer.echo("everything was there already")
-    typer.echo(f"next: relish train {cache} --out runs")
+    layers = open_cache(cache).layers
+    layer = f" --layer {layers[-1]}" if len(layers) > 1 else ""
+    typer.echo(f"next: relish train {cache} --out runs{layer}")

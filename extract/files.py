@@ -109,6 +109,8 @@ def _from_hub(model: str, gguf_file: str | None, revision: str | None) -> Backbo
 
 
 def _hash_files(paths: list[Path], *more: str) -> str:
+    if len(paths) == 1 and not more:  # its name does not matter: a renamed GGUF is the same backbone
+        return _hash_file(paths[0])
     total = hashlib.sha256()
     for path in paths:
         total.update(f"{path.name}\0{_hash_file(path)}\0".encode())

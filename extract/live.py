@@ -1,5 +1,6 @@
 """The progress bar of an extraction: rows, tokens/s and time left."""
 
+import time
 from typing import Any
 
 from rich.console import Console
@@ -20,25 +21,29 @@ class ExtractBar:
             console=self._console,
         )
         self._task: Any = None
-        self._rows = 0
+        self._started = 0.0
+        self._rows = self._tokens = 0
 
     def __enter__(self) -> "ExtractBar":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        if self._task is not None:  # a bar that never showed would still leave a blank line
+            self._progress.stop()
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""
-        self._console.print(text, markup=False, highlight=False)
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def begin(self, rows: int, tokens: int) -> None:
         """Show the bar."""
         self._task = self._progress.add_task("extract", total=tokens, rows=0, of=rows, rate=0.0)
+        self._started = time.monotonic()
         self._progress.start()
 
     def advance(self, rows: int, tokens: int) -> None:
         """Move it."""
         self._rows += rows
-        speed = self._progress.tasks[0].speed or 0.0
-        self._progress.update(self._task, advance=tokens, rows=self._rows, rate=speed)
+        self._tokens += tokens
+        rate = self._tokens / max(time.monotonic() - self._started, 1e-9)
+        self._progress.update(self._task, advance=tokens, rows=self._rows, rate=rate)

@@ -1,5 +1,6 @@
 """Everything `relish extract` can be told."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,11 +70,14 @@ class ExtractSettings:
             if value is not None and value < 1:
                 raise SettingsError(f"{name} must be at least 1, not {value}")
         for layer in self.layers:
-            if layer < 0 or (isinstance(layer, float) and layer > 1):
+            if not 0 <= layer <= (1 if isinstance(layer, float) else math.inf):
                 raise SettingsError(f"a layer is an index from 0 on or a fraction of the depth up to 1.0, not {layer}")
-        if self.label_range is not None and not self.label_range[0] < self.label_range[1]:
+        if self.label_range is not None:
             low, high = self.label_range
-            raise SettingsError(f"the label range must go from a smaller to a larger number, not from {low} to {high}")
+            if not -math.inf < low < high < math.inf:
+                raise SettingsError(
+                    f"the label range must go from a smaller to a larger number, not from {low} to {high}"
+                )
         if self.data and self.hub:
             raise SettingsError("rows come either from files (data) or from the hub, not from both")
         if not self.data and not self.hub and not self.task:

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from .settings import TrainSettings, parse_range
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to the command line."""
@@ -20,30 +22,34 @@ def train(
     ] = "relish",
     depths: Annotated[str, typer.Option(help="Refinement steps of relish: 3, 1-5 or 1,3.")] = "3",
     seeds: Annotated[str, typer.Option(help="0, 0-2 or 0,7.")] = "0",
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training rows, at most.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows per step.")] = None,
-    loss: Annotated[str | None, typer.Option(help="huber or mse.")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="AdamW's weight decay.")] = None,
-    dropout: Annotated[float | None, typer.Option(help="On the output of attention and feed-forward layers.")] = None,
-    warmup: Annotated[float | None, typer.Option(help="Share of the steps in which the learning rate rises.")] = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the training rows, at most.")] = TrainSettings.epochs,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate; default each head's own.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows per step.")] = TrainSettings.batch_size,
+    loss: Annotated[str, typer.Option(help="huber or mse.")] = TrainSettings.loss,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = TrainSettings.weight_decay,
+    dropout: Annotated[
+        float, typer.Option(help="On the output of attention and feed-forward layers.")
+    ] = TrainSettings.dropout,
+    warmup: Annotated[
+        float, typer.Option(help="Share of the steps in which the learning rate rises.")
+    ] = TrainSettings.warmup,
     patience: Annotated[
-        int | None, typer.Option(help="Epochs without a better validation NRMSE before stopping.")
-    ] = None,
+        int, typer.Option(help="Epochs without a better validation NRMSE before a cell stops.")
+    ] = TrainSettings.patience,
     standardise: Annotated[
-        bool | None, typer.Option("--standardise/--no-standardise", help="Scale the hidden states per dimension.")
-    ] = None,
-    latent_size: Annotated[int | None, typer.Option(help="Width of the latent state.")] = None,
-    num_heads: Annotated[int | None, typer.Option(help="Attention heads.")] = None,
+        bool, typer.Option("--standardise/--no-standardise", help="Scale the hidden states per dimension.")
+    ] = TrainSettings.standardise,
+    latent_size: Annotated[int, typer.Option(help="Width of the latent state.")] = TrainSettings.latent_size,
+    num_heads: Annotated[int, typer.Option(help="Attention heads.")] = TrainSettings.num_heads,
     layer: Annotated[int | None, typer.Option(help="Which layer of a cache that has several.")] = None,
     val_split: Annotated[
         str | None, typer.Option(help="Validation split; default validation, val, dev or trial.")
     ] = None,
     val_fraction: Annotated[
-        float | None, typer.Option(help="Share of the training rows held out if there is no validation split.")
-    ] = None,
+        float, typer.Option(help="Share of the training rows held out if there is no validation split.")
+    ] = TrainSettings.val_fraction,
     device: Annotated[str, typer.Option(help="cuda, mps, cpu or auto.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default torch's choice.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the validation figures as JSON.")] = False,
 ) -> None:
     """Train heads from a cache: every head, depth and seed of a grid.
@@ -53,35 +59,30 @@ def train(
 
     Examples:
 
+    \b
     relish train sts-cache --out runs
-
     relish train sts-cache --out runs --head relish,linear,mlp,ridge --depths 1-5 --seeds 0-2
     """
-    from .settings import TrainSettings, parse_range
-
-    given = {
-        "epochs": epochs,
-        "lr": lr,
-        "batch_size": batch_size,
-        "loss": loss,
-        "weight_decay": weight_decay,
-        "dropout": dropout,
-        "warmup": warmup,
-        "patience": patience,
-        "standardise": standardise,
-        "latent_size": latent_size,
-        "num_heads": num_heads,
-        "val_fraction": val_fraction,
-    }
     settings = TrainSettings(
         heads=tuple(name.strip() for name in head.split(",") if name.strip()),
         depths=parse_range(depths, "--depths"),
         seeds=parse_range(seeds, "--seeds"),
+        epochs=epochs,
+        lr=lr,
+        batch_size=batch_size,
+        loss=loss,
+        weight_decay=weight_decay,
+        dropout=dropout,
+        warmup=warmup,
+        patience=patience,
+        standardise=standardise,
+        latent_size=latent_size,
+        num_heads=num_heads,
         layer=layer,
         val_split=val_split,
+        val_fraction=val_fraction,
         device=device,
         threads=threads,
-        **{name: value for name, value in given.items() if value is not None},  # pyright: ignore[reportArgumentType]
     )
     from .grid import train_heads
     from .live import LiveTable

@@ -30,7 +30,8 @@ class LiveTable:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._live.stop()
+        if self._live.is_started:  # a table that never showed would still leave a blank line
+            self._live.stop()
 
     def plan(self, cells: list[CellName], steps: dict[CellName, int]) -> None:
         """Show the cells as waiting."""
@@ -60,8 +61,12 @@ class LiveTable:
         self._done[cell] = self._steps[cell]
         if not self._console.is_terminal:
             figures = metrics.get("val", {})
-            shown = f"val NRMSE {figures['nrmse']:.4f}, Pearson {figures['pearson'] or 0:.4f}" if figures else ""
-            self._console.print(f"{cell}: {status} {shown}", highlight=False)
+            shown = "".join(
+                f", val {name} {figures[key]:.4f}"
+                for name, key in (("NRMSE", "nrmse"), ("Pearson", "pearson"))
+                if figures.get(key) is not None
+            )
+            self._console.print(f"{cell}: {status}{shown}", highlight=False)
 
     def _render(self) -> Table:
         table = Table("head", "depth", "seed", "epoch", "loss", "val NRMSE", "val Pearson", "", box=None)

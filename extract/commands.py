@@ -121,6 +121,6 @@ def extract(
     )
     if not summary.computed_tokens:
         typer.echo("everything was there already")
-    layers = open_cache(cache).layers
-    layer = f" --layer {layers[-1]}" if len(layers) > 1 else ""
+    kept = open_cache(cache).layers
+    layer = f" --layer {kept[-1]}" if len(kept) > 1 else ""
     typer.echo(f"next: relish train {cache} --out runs{layer}")

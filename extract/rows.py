@@ -197,7 +197,7 @@ def _text_column(field: str, available: Sequence[str], task: Task | None, source
     if task is None or field not in task.fields:
         if field in available:
             return field
-        raise DataError(f"--prompt names the column {field!r}, but {_has(source, available)}")
+        raise DataError(f"the prompt names the column {field!r}, but {_has(source, available)}")
     names = task.fields[field]
     for name in names:
         if name in available:

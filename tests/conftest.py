@@ -1,7 +1,13 @@
 import os
+from collections.abc import Callable
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import pytest
+
+GOOD = ("warm", "clever", "bright", "moving", "fresh")
+BAD = ("dull", "clumsy", "bleak", "noisy", "stale")
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +20,169 @@ def shared_data() -> Path:
             pytest.fail(reason)
         pytest.skip(reason)
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`tiny_model("llama")` is the folder of a small random model with its tokenizer; made once, the same every time.
+
+    Architectures: llama (left padding, chat template), qwen3, gemma3, gpt2 (no pad token), bert (an encoder).
+    """
+    made: dict[str, Path] = {}
+    home = tmp_path_factory.mktemp("models")
+
+    def model(arch: str) -> Path:
+        if arch not in made:
+            made[arch] = _save_tiny_model(arch, home / f"tiny-{arch}")
+        return made[arch]
+
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_rows() -> Callable[..., list[dict[str, Any]]]:
+    """`tiny_rows(60, seed=0)` gives rows {"id", "text", "score"}: the score is 5 times the share of kind words."""
+
+    def rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+        draw = Random(seed)
+        found = []
+        for number in range(count):
+            words = [draw.choice(GOOD if draw.random() < number / (count - 1) else BAD) for _ in range(4 + number % 7)]
+            score = 5 * sum(word in GOOD for word in words) / len(words)
+            found.append({"id": f"{seed}-{number}", "text": f"a film so {' '.join(words)}", "score": score})
+        draw.shuffle(found)
+        return found
+
+    return rows
+
+
+@pytest.fixture(scope="session")
+def tiny_cache(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any, tiny_rows: Any) -> Path:
+    """A cache of the tiny llama's last layer: train (60 rows), dev (20), test (20), labels from 0 to 5."""
+    from relish.extract.pipeline import extract_cache
+    from relish.extract.settings import ExtractSettings
+
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-cache"
+    data = {
+        name: tiny_rows(count, seed) for seed, (name, count) in enumerate({"train": 60, "dev": 20, "test": 20}.items())
+    }
+    extract_cache(
+        folder,
+        ExtractSettings(model=tiny_model("llama"), data=data, prompt="{text}", label_range=(0.0, 5.0), device="cpu"),
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_cli() -> Callable[..., Any]:
+    """`run_cli("cache", "info", path)` runs the command line in this process: exit_code, stdout, stderr."""
+    from typer.testing import CliRunner
+
+    from relish.cli import app
+
+    def run(*arguments: object) -> Any:
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result
+
+    return run
+
+
+def _save_tiny_model(arch: str, folder: Path) -> Path:
+    import torch
+    import transformers
+
+    tokenizer = _tiny_tokenizer(arch)
+    size: dict[str, Any] = {"vocab_size": len(tokenizer), "initializer_range": 0.2}
+    decoder = {
+        **size,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if arch == "llama":
+        config = transformers.LlamaConfig(**decoder, num_hidden_layers=3)
+    elif arch == "qwen3":
+        config = transformers.Qwen3Config(**decoder, num_hidden_layers=3)
+    elif arch == "gemma3":
+        # The window is shorter than the tests' rows, so that local and global attention differ.
+        config = transformers.Gemma3TextConfig(
+            **decoder,
+            num_hidden_layers=4,
+            sliding_window=4,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            query_pre_attn_scalar=8,
+        )
+    elif arch == "gpt2":
+        config = transformers.GPT2Config(
+            **size,
+            n_embd=32,
+            n_layer=3,
+            n_head=4,
+            n_positions=128,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    elif arch == "bert":
+        config = transformers.BertConfig(
+            **size,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=128,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    else:
+        raise ValueError(arch)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        kind = transformers.AutoModelForMaskedLM if arch == "bert" else transformers.AutoModelForCausalLM
+        kind.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _tiny_tokenizer(arch: str) -> Any:
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    special = ["<pad>", "<s>", "</s>", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([f"a film so {word} and a play so {word}" for word in (*GOOD, *BAD)], trainer)
+    around = {"llama": "<s> $A", "gemma3": "<s> $A", "bert": "[CLS] $A [SEP]"}.get(arch)
+    if around is not None:
+        named = [(name, special.index(name)) for name in around.split() if name in special]
+        tokenizer.post_processor = processors.TemplateProcessing(single=around, special_tokens=named)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    if arch == "gpt2":
+        names.pop("pad_token")
+    if arch == "bert":
+        names = {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]", "pad_token": "<pad>"}
+    wrapped = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        padding_side="left" if arch == "llama" else "right",
+        model_max_length=128,
+        **names,
+    )
+    if arch == "llama":
+        wrapped.chat_template = (
+            "{% for message in messages %}<s>{{ message['role'] }}: {{ message['content'] }}</s>{% endfor %}"
+            "{% if add_generation_prompt %}<s>assistant:{% endif %}"
+        )
+    return wrapped

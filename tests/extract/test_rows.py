@@ -62,7 +62,7 @@ def test_a_target_that_is_not_needed_may_be_absent_or_unclear():
 @pytest.mark.parametrize(
     ("available", "options", "message"),
     [
-        (["a", "b"], {}, r"^--prompt names the column 'text', but data\.csv has: a, b$"),
+        (["a", "b"], {}, r"^the prompt names the column 'text', but data\.csv has: a, b$"),
         (
             ["text", "points"],
             {},

@@ -139,6 +139,8 @@ def test_projecting_the_real_tokens_only_is_projecting_all_in_values_and_gradien
     gradients = []
     for real_only in (True, False):
         tokens = head._project(hidden, mask, real_only=real_only)
-        gradients.append((tokens, *torch.autograd.grad(tokens.square().sum(), list(head.input_projection.parameters()))))
+        gradients.append(
+            (tokens, *torch.autograd.grad(tokens.square().sum(), list(head.input_projection.parameters())))
+        )
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)

@@ -1,0 +1,132 @@
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from relish.evaluate import predict
+from relish.evaluate.results import evaluate_runs
+from relish.train.grid import train_heads
+from relish.train.settings import TrainSettings
+
+from .conftest import SMALL
+
+
+@pytest.fixture(scope="module")
+def run(tiny_cache, tmp_path_factory):
+    out = tmp_path_factory.mktemp("predict") / "runs"
+    train_heads(tiny_cache, out, TrainSettings(depths=(2,), **SMALL))
+    return out / "relish-L2-seed0"
+
+
+@pytest.fixture
+def new(tmp_path, tiny_rows):
+    """The texts of the cache's test split, without their labels."""
+    path = tmp_path / "new.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["id", "text"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(tiny_rows(20, 2))
+    return path
+
+
+def read(path):
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("chunk", [1024, 7])
+def test_scores_are_evaluates_numbers_for_the_same_rows(run, new, tiny_model, tmp_path, run_cli, monkeypatch, chunk):
+    monkeypatch.setattr(predict, "_CHUNK", chunk)
+    out = tmp_path / "scores.csv"
+    result = run_cli("predict", run, "--model", tiny_model("llama"), "--data", new, "--out", out)
+    assert result.exit_code == 0, result.stderr
+    assert f"{out}: 20 scores" in result.stdout
+    rows = read(out)
+    expected = evaluate_runs(run)
+    assert list(rows[0]) == ["id", "text", "score"]
+    assert [row["id"] for row in rows] == expected.ids
+    # Another batch may round a hidden state to the neighbouring bfloat16.
+    np.testing.assert_allclose([float(row["score"]) for row in rows], expected.predictions[0], rtol=0, atol=5e-3)
+
+
+def test_jsonl_and_a_column_that_is_called_score_already(run, tiny_model, tiny_rows, tmp_path, run_cli):
+    data, out = tmp_path / "new.jsonl", tmp_path / "scores.csv"
+    data.write_text("\n".join(json.dumps(row) for row in tiny_rows(5, 3)), encoding="utf-8")
+    result = run_cli("predict", run, "--model", tiny_model("llama"), "--data", data, "--out", out)
+    assert "new.jsonl has a column 'score'; the new one is called 'prediction'" in result.stderr
+    rows = read(out)
+    assert list(rows[0]) == ["id", "text", "score", "prediction"]
+    assert [float(row["score"]) for row in rows] == [row["score"] for row in tiny_rows(5, 3)]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prompt", "Rate: {text}"], "was trained with the prompt '{text}', not 'Rate: {text}'; leave --prompt out"),
+        (["--layer", 1], "was trained with the layer 3, not 1; leave --layer out"),
+    ],
+)
+def test_another_prompt_or_layer_is_refused(run, new, tiny_model, tmp_path, run_cli, words, message):
+    result = run_cli("predict", run, "--model", tiny_model("llama"), "--data", new, "--out", tmp_path / "s.csv", *words)
+    assert (result.exit_code, message in result.stderr) == (2, True)
+
+
+def test_another_backbone_is_refused(run, new, tiny_model, tmp_path, run_cli):
+    out = tmp_path / "s.csv"
+    result = run_cli("predict", run, "--model", tiny_model("qwen3"), "--data", new, "--out", out)
+    assert result.exit_code == 2
+    assert (
+        "tiny-qwen3 is not the backbone that relish-L2-seed0 was trained on, tiny-llama: its weights" in result.stderr
+    )
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("new.csv", "id,body\n1,hello\n", "the prompt names the column 'text', but new.csv has: id, body"),
+        ("new.csv", "id,text\n1,fresh\n2,  \n", "row 2 of new.csv has an empty text in column 'text'"),
+        ("new.csv", "id,text\n", "new.csv holds no rows"),
+        ("new.csv", "text\n" + "warm " * 200 + "\n", "1 of 1 rows of new.csv (rows 1 to 1) are longer than 128 tokens"),
+        ("new.xls", "", "new.xls"),
+    ],
+)
+def test_rows_that_cannot_be_scored_are_named_before_the_backbone_loads(
+    run, tiny_model, tmp_path, run_cli, monkeypatch, name, text, message
+):
+    monkeypatch.setattr(predict.Backbone, "load", lambda _self: pytest.fail("loaded"))
+    data, out = tmp_path / name, tmp_path / "scores.csv"
+    data.write_text(text, encoding="utf-8")
+    result = run_cli("predict", run, "--model", tiny_model("llama"), "--data", data, "--out", out)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not out.exists()
+
+
+def test_where_the_scores_go(run, new, tiny_model, tmp_path, run_cli):
+    result = run_cli("predict", run, "--model", tiny_model("llama"), "--data", new, "--out", tmp_path / "scores.json")
+    assert "give --out a name that ends in .csv, not 'scores.json'" in result.stderr
+    result = run_cli("predict", run.parent, "--model", tiny_model("llama"), "--data", new, "--out", tmp_path / "s.csv")
+    assert (result.exit_code, "it holds 1 runs, name one" in result.stderr) == (2, True)
+
+
+def test_a_failure_midway_leaves_the_old_scores_and_no_other_file(run, new, tiny_model, tmp_path, run_cli, monkeypatch):
+    out = tmp_path / "scores.csv"
+    out.write_text("old")
+    forward = predict.Backbone.hidden_states
+    calls = []
+
+    def failing(self, rows):
+        calls.append(rows)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return forward(self, rows)
+
+    monkeypatch.setattr(predict.Backbone, "hidden_states", failing)
+    monkeypatch.setattr(predict, "_CHUNK", 7)
+    result = run_cli("predict", run, "--model", tiny_model("llama"), "--data", new, "--out", out)
+    assert result.exit_code != 0
+    assert out.read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new.csv", "scores.csv"]

@@ -1,0 +1,148 @@
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from relish.cache.dtypes import storage_dtype
+from relish.cache.errors import DataError
+from relish.cache.shard import HiddenLayout
+from relish.extract.sink import ShardSink
+
+LENGTHS = [4, 3, 3, 1]
+NAMES = [f"row {number + 1} of train (id 'r{number}')" for number in range(4)]
+
+
+class Shard:
+    """Stands for a ShardWriter: keeps what is written, and may be slow or fail."""
+
+    def __init__(self, dtype="bfloat16", layers=2, delay=0.0, error=None):
+        self.layout = HiddenLayout(layers, 4, 5, storage_dtype(dtype))
+        self.written = {}
+        self.delay, self.error = delay, error
+        self.thread = None
+
+    def write(self, position, values):
+        self.thread = threading.current_thread()
+        time.sleep(self.delay)
+        if self.error is not None:
+            raise self.error
+        self.written[position] = values.clone()
+
+
+def open_sink(shard):
+    return ShardSink(shard, lengths=LENGTHS, names=NAMES)
+
+
+def states(rows=4, layers=2):
+    return torch.arange(rows * layers * 4 * 5).reshape(rows, layers, 4, 5).float() / 7
+
+
+def put_many(shard, times, after=lambda: None):
+    with open_sink(shard) as sink:
+        for _ in range(times):
+            sink.put(range(4), states())
+            after()
+
+
+def alive():
+    return [thread for thread in threading.enumerate() if thread.name == "relish-shard-writer"]
+
+
+def test_real_tokens_are_written_in_the_storage_type_by_another_thread():
+    shard, values = Shard(), states()
+    with open_sink(shard) as sink:
+        sink.put(range(0, 2), values[:2])
+        sink.put(range(2, 4), values[2:])
+    assert sorted(shard.written) == [0, 1, 2, 3]
+    for row, written in shard.written.items():
+        assert torch.equal(written, values[row, :, : LENGTHS[row]].bfloat16())
+    assert shard.thread is not threading.current_thread()
+    assert alive() == []
+
+
+def test_what_stands_in_the_padding_does_not_matter():
+    values = states()
+    for row, length in enumerate(LENGTHS):
+        values[row, :, length:] = float("nan")
+    shard = Shard()
+    with open_sink(shard) as sink:
+        sink.put(range(4), values)
+    assert len(shard.written) == 4
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_value_that_is_not_finite_is_named_by_row(bad, dtype):
+    shard, values = Shard(dtype), states()
+    values[2, 1, 2, 4] = bad
+    with pytest.raises(DataError) as caught, open_sink(shard) as sink:
+        sink.put(range(4), values)
+    assert str(caught.value) == (
+        "the backbone gave NaN or infinity for row 3 of train (id 'r2'); nothing of this shard was kept. "
+        "Try --compute-dtype float32, or take the row out"
+    )
+
+
+def test_two_infinities_that_cancel_are_found():
+    values = states()
+    values[1, 0, 0, 0], values[1, 0, 0, 1] = float("inf"), float("-inf")
+    with pytest.raises(DataError, match="row 2 of train"), open_sink(Shard()) as sink:
+        sink.put(range(4), values)
+
+
+def test_a_value_beyond_float16_is_named_with_the_largest():
+    values = states()
+    values[1, 0, 1, 2], values[1, 1, 0, 0] = 66000.0, -77595.0
+    with pytest.raises(DataError) as caught, open_sink(Shard("float16")) as sink:
+        sink.put(range(4), values)
+    assert str(caught.value) == (
+        "row 2 of train (id 'r1') has a hidden state of 77,595, and float16 ends at 65,504; use --dtype bfloat16"
+    )
+
+
+def test_large_values_that_are_finite_are_kept():
+    values = torch.full((1, 2, 4, 5), 3e38)
+    shard = Shard("float32")
+    with open_sink(shard) as sink:
+        sink.put(range(1), values)
+    assert torch.equal(shard.written[0], values[0])
+
+
+def test_an_error_of_the_writer_comes_out_and_nothing_hangs():
+    with pytest.raises(OSError, match="No space left"):
+        put_many(Shard(error=OSError(28, "No space left")), 50)
+    assert alive() == []
+
+
+def test_the_error_shows_at_a_later_put_already():
+    reached = []
+    with pytest.raises(OSError, match="full"):
+        put_many(Shard(error=OSError("full")), 1000, lambda: reached.append(time.sleep(0.01)))
+    assert len(reached) < 1000
+
+
+def test_an_error_of_the_block_is_the_one_that_comes_out():
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        put_many(Shard(error=OSError("full")), 1, interrupt)
+    assert alive() == []
+
+
+def test_few_batches_wait():
+    shard = Shard(delay=0.02)
+    batch = states(1)
+    with open_sink(shard) as sink:
+        for _ in range(12):
+            sink.put(range(1), batch)
+            assert sink._queue.qsize() <= 2
+
+
+def test_hidden_states_made_in_inference_mode_are_taken():
+    shard = Shard()
+    with open_sink(shard) as sink, torch.inference_mode():
+        sink.put(range(4), states() * 2)
+    assert np.isclose(shard.written[0][0, 0, 1].item(), 2 / 7, rtol=0.01)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .train.run import load_head as load_head
     from .train.settings import TrainSettings as TrainSettings
 
-__version__ = "0.1.0"
+from .cache.version import __version__
 
 _HOME = {
     "ExtractSettings": ".extract.settings",

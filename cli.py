@@ -23,7 +23,7 @@ class _Group(TyperGroup):
 
 def _version(asked: bool) -> None:
     if asked:
-        from . import __version__
+        from .cache.version import __version__
 
         typer.echo(f"relish {__version__}")
         raise typer.Exit

@@ -200,7 +200,7 @@ def _forward(backbone: Backbone, tokens: list[np.ndarray], batch: range) -> Any:
 def _made_by(backbone: Backbone) -> dict[str, str]:
     import torch
 
-    from .. import __version__
+    from ..cache.version import __version__
 
     device = torch.cuda.get_device_name() if backbone.device.type == "cuda" else backbone.device.type
     return {"relish": __version__, "torch": torch.__version__, "device": device}

@@ -8,10 +8,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from .. import __version__
 from ..cache.device import pick_device
 from ..cache.errors import RunError
 from ..cache.reader import FeatureCache, open_cache
+from ..cache.version import __version__
 from .data import Moments, Rows, feature_moments, ordered_batches, read_ahead, training_rows
 from .heads import Head, HeadSpec, build_head, count_parameters
 from .loop import Diverged, EpochRecord, best_epoch, predict_rows, train_head

@@ -18,7 +18,13 @@ class _Group(TyperGroup):
             return super().invoke(ctx)
         except RelishError as error:
             typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(2) from None
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            # A full disk, a folder without permission, a file where a folder should be: the system says it best.
+            place = f"{error.filename}: " if error.filename else ""
+            typer.echo(f"error: {place}{error.strerror or error}", err=True)
+        raise typer.Exit(2)
 
 
 def _version(asked: bool) -> None:

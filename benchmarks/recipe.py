@@ -15,6 +15,9 @@ from typing import Any
 from relish.train.grid import train_heads
 from relish.train.settings import TrainSettings, parse_range
 
+START = {"epochs": 10, "weight_decay": 0.01}
+"""Where the search began: what a recipe does not name."""
+
 RECIPES: dict[str, dict[str, Any]] = {
     "base": {},
     "raw-inputs": {"standardise": False},
@@ -38,6 +41,18 @@ RECIPES: dict[str, dict[str, Any]] = {
     "decay0.3": {"weight_decay": 0.3},
     "decay1": {"weight_decay": 1.0},
     "epochs5": {"epochs": 5},
+    "e5-decay1": {"epochs": 5, "weight_decay": 1.0},
+    "e5-decay3": {"epochs": 5, "weight_decay": 3.0},
+    "e5-lr5e-4": {"epochs": 5, "lr": 5e-4},
+    "e5-lr1e-4": {"epochs": 5, "lr": 1e-4},
+    "e5-lr3e-5": {"epochs": 5, "lr": 3e-5},
+    "e5-decay1-lr5e-4": {"epochs": 5, "weight_decay": 1.0, "lr": 5e-4},
+    "e5-decay1-drop0.1": {"epochs": 5, "weight_decay": 1.0, "dropout": 0.1},
+    "e5-decay1-batch8": {"epochs": 5, "weight_decay": 1.0, "batch_size": 8},
+    "e5-decay1-mse": {"epochs": 5, "weight_decay": 1.0, "loss": "mse"},
+    "e5-decay1-lr1e-4": {"epochs": 5, "weight_decay": 1.0, "lr": 1e-4},
+    "e4-decay1": {"epochs": 4, "weight_decay": 1.0},
+    "e8-decay1": {"epochs": 8, "weight_decay": 1.0},
     "warmup0.2": {"warmup": 0.2},
     "latent128": {"latent_size": 128},
     "heads4": {"num_heads": 4},
@@ -54,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
             layer=arguments.layer,
             threads=arguments.threads,
             device="cpu",
-            **RECIPES[name],
+            **{**START, **RECIPES[name]},
         )
         result = train_heads(arguments.paths[0], arguments.paths[1] / f"layer{arguments.layer}" / name, settings)
         for cell, metrics in result.cells.items():

@@ -2,9 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 app = typer.Typer(no_args_is_help=True, help="Look into caches, check them, join them.", rich_markup_mode=None)
 
@@ -25,10 +28,11 @@ def info(
 
     figures = cache_info(load_manifest(cache))
     if as_json:
-        typer.echo(json.dumps(figures, indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(figures, indent=2))
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console()
     splits = Table("split", "rows", "tokens", "longest", "shards", "MB", "padding", box=None, header_style="bold")
@@ -53,33 +57,33 @@ def info(
             continue
         text = value if isinstance(value, str) else json.dumps(value)
         short = f"{text[:16]}…" if name in ("weights", "config", "tokenizer") else text
-        facts.add_row(name, repr(short)[1:-1] if name == "prompt" else short)
+        facts.add_row(name, Text(repr(short)[1:-1] if name == "prompt" else short))
     console.print(facts)
 
 
 @app.command()
-def verify(cache: CachePath) -> None:
+def verify(
+    cache: CachePath,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
     """Read every byte of a cache and name each bad shard; exit code 1 if there is any.
 
     Example: relish cache verify my-cache
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
     from .reader import open_cache
     from .verify import verify_cache
 
     opened = open_cache(cache)
     records = [shard for split in opened.manifest.splits.values() for shard in split.shards]
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("verify", total=sum(record.bytes for record in records))
-        found = verify_cache(opened, lambda done: progress.advance(bar, done))
-    for sentence in found:
-        typer.echo(sentence)
+    with _bytes_bar() as bar:
+        task = bar.add_task("verify", total=sum(record.bytes for record in records))
+        found = verify_cache(opened, lambda done: bar.advance(task, done))
+    if as_json:
+        typer.echo(json.dumps({"shards": len(records), "problems": found}, indent=2))
+    else:
+        typer.echo("\n".join(found) or f"{cache}: {len(records)} shards, every byte as it was written")
     if found:
         raise typer.Exit(1)
-    typer.echo(f"{cache}: {len(records)} shards, every byte as it was written")
 
 
 @app.command()
@@ -94,5 +98,15 @@ def merge(
     from .merge import merge_caches
     from .reader import open_cache
 
-    merge_caches(out, caches)
+    with _bytes_bar() as bar:
+        task = bar.add_task("merge", total=None)
+        merge_caches(out, caches, lambda done, total: bar.update(task, advance=done, total=total))
     typer.echo(f"{out}: splits {', '.join(open_cache(out).splits)}")
+
+
+def _bytes_bar() -> "Progress":
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)

@@ -21,6 +21,8 @@ def pick_device(device: str) -> "torch.device":
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
         return torch.device(next(name for name, present in here.items() if present))
-    if not here.get(device.partition(":")[0]):
+    kind, _, number = device.partition(":")
+    numbers = {"": True, **{str(index): True for index in range(torch.cuda.device_count() if kind == "cuda" else 1)}}
+    if not here.get(kind) or number not in numbers:
         raise SettingsError(f"the device {device!r} is not available here; it may be one of {', '.join(DEVICES)}")
     return torch.device(device)

@@ -32,6 +32,8 @@ class Identity:
     """Which hidden states, counted as transformers does: 0 the embeddings, the number of blocks the last."""
     hidden_size: int
     """D, the width of a hidden state."""
+    trust_remote_code: bool
+    """Whether Python code of the model's repository ran."""
     dtype: str
     """Storage type: bfloat16, float16 or float32."""
     compute_dtype: str

@@ -1,6 +1,5 @@
 """manifest.json: what a cache is and which shards are complete. Written last, atomically: listed means whole."""
 
-import json
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,8 +8,9 @@ from typing import Any
 from .errors import CacheError
 from .fileio import write_json_durably
 from .identity import Identity
+from .jsonfile import read_versioned
 
-FORMAT = "relish-cache"
+FORMAT = "relish cache"
 VERSION = 1
 MANIFEST = "manifest.json"
 
@@ -45,7 +45,7 @@ class SplitRecord:
     planned: int
     """Shards the split will have."""
     fingerprint: str
-    """sha256 over the ordered ids, texts and targets."""
+    """sha256 over the ordered ids, texts, targets and tokens."""
     shards: tuple[ShardRecord, ...] = ()
 
     @property
@@ -93,21 +93,14 @@ def load_manifest(folder: Path) -> Manifest:
         CacheError: if there is none, it is damaged, or another version wrote it.
     """
     path = folder / MANIFEST
+    if folder.is_file():
+        raise CacheError(f"{folder} is a file, and a cache is a folder")
     try:
-        value: Any = json.loads(path.read_text(encoding="utf-8"))
+        value = read_versioned(path, format=FORMAT, version=VERSION, again="extract again", error=CacheError)
     except FileNotFoundError:
         raise CacheError(
             f"{folder} is not a relish cache: it has no {MANIFEST}. Make one with: relish extract {folder} …"
         ) from None
-    except (OSError, ValueError) as error:
-        raise CacheError(f"{path} cannot be read ({error}); restore it from a copy, or extract again") from None
-    if not isinstance(value, dict) or value.get("format") != FORMAT:
-        raise CacheError(f"{path} is not the manifest of a relish cache")
-    if value.get("version") != VERSION:
-        raise CacheError(
-            f"the cache {folder} has format version {value.get('version')!r}, and this relish reads version {VERSION}; "
-            "install the relish that wrote it, or extract again"
-        )
     try:
         return Manifest(
             identity=Identity.from_json(value["identity"]),

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from .reader import open_cache
 from .verify import verify_shard
 
 
-def merge_caches(out: Path, caches: list[Path]) -> None:
+def merge_caches(out: Path, caches: list[Path], progress: Callable[[int, int], None] | None = None) -> None:
     """Copy the splits of several caches into a new one, checking every byte.
 
     A split may stand in several caches if it was made from the same rows; a complete one is taken before an unfinished
@@ -52,11 +53,14 @@ def merge_caches(out: Path, caches: list[Path]) -> None:
                 chosen[name] = (cache.folder, split)
     out.mkdir(parents=True, exist_ok=True)
     made: list[Path] = []
+    total = sum(record.bytes for _, split in chosen.values() for record in split.shards)
     try:
         for folder, split in chosen.values():
             for record in split.shards:
                 made += [temporary_name(out / record.file), out / record.file]
                 _copy_shard(folder, out, record, first.identity)
+                if progress is not None:
+                    progress(record.bytes, total)
         replace(first, splits={name: split for name, (_, split) in chosen.items()}).save(out)
     except BaseException:
         for path in made:

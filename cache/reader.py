@@ -1,6 +1,7 @@
 """The one reader: rows of a cache in any order, straight from the shards, nothing held but the row index."""
 
 import os
+import weakref
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -105,6 +106,9 @@ class Split:
     """The N rows of one split at one layer, numbered in the order of the input file."""
 
     def __init__(self, cache: FeatureCache, name: str, shards: tuple[ShardRecord, ...], layer: int) -> None:
+        self._files: OrderedDict[int, int] = OrderedDict()
+        # Not __del__: at the interpreter's exit the modules it needs may be gone.
+        weakref.finalize(self, _close_all, self._files)
         self.cache = cache
         self.name = name
         self._layer = layer
@@ -112,7 +116,6 @@ class Split:
         dtype = storage_dtype(cache.identity.dtype)
         self._layouts = [HiddenLayout(len(cache.layers), shard.T, cache.hidden_size, dtype) for shard in shards]
         self._dtype = dtype
-        self._files: OrderedDict[int, int] = OrderedDict()
         indexes = [read_index(cache.folder, shard, layout) for shard, layout in zip(shards, self._layouts, strict=True)]
         rows = np.concatenate([index.row for index in indexes])
         order = np.argsort(rows, kind="stable")
@@ -136,14 +139,18 @@ class Split:
     def read(self, rows: "Sequence[int] | np.ndarray") -> Batch:
         """Read the hidden states of B rows; padding on disk is not read.
 
+        Args:
+            rows: their numbers, in any order, or a mask (N,) of bool.
+
         Raises:
             CacheError: naming the shard, if it cannot be read or a row's bytes are not the ones that were written.
         """
         import torch
 
-        rows = np.asarray(rows, dtype=np.int64)
+        rows = np.asarray(rows)
+        rows = np.flatnonzero(rows) if rows.dtype == bool else rows.astype(np.int64)
         lengths = self.lengths[rows]
-        T = int(lengths.max())
+        T = int(lengths.max(initial=0))
         hidden = torch.empty(len(rows), T, self.cache.hidden_size, dtype=self._dtype.torch)
         place = hidden.view(torch.uint8).numpy().data.cast("B")
         token_bytes = self._layouts[0].token_bytes
@@ -163,8 +170,7 @@ class Split:
 
     def close(self) -> None:
         """Close the files; the next read opens them again."""
-        while self._files:
-            os.close(self._files.popitem()[1])
+        _close_all(self._files)
 
     def _read_row(self, row: int, place: memoryview) -> None:
         shard, position = int(self._shard_of[row]), int(self._position[row])
@@ -186,9 +192,12 @@ class Split:
         self._checked[row] = True
 
     def _fill(self, shard: int, place: memoryview, offset: int) -> None:
-        count = read_into(self._file(shard), place, self._shards[shard].offset + offset)
+        path = self.cache.folder / self._shards[shard].file
+        try:
+            count = read_into(self._file(shard), place, self._shards[shard].offset + offset)
+        except OSError as error:
+            raise CacheError(f"the shard {path} cannot be read ({error.strerror}); restore it from a copy") from None
         if count != len(place):
-            path = self.cache.folder / self._shards[shard].file
             raise CacheError(f"the shard {path} ends too early; restore it from a copy, or extract again")
 
     def _file(self, shard: int) -> int:
@@ -204,9 +213,6 @@ class Split:
             raise CacheError(f"the shard {path} cannot be opened ({error.strerror}); restore it from a copy") from None
         return self._files[shard]
 
-    def __del__(self) -> None:
-        self.close()
-
 
 def open_cache(path: "str | os.PathLike[str]") -> FeatureCache:
     """Open a cache for reading.
@@ -216,6 +222,11 @@ def open_cache(path: "str | os.PathLike[str]") -> FeatureCache:
     """
     folder = Path(path).resolve()  # so that a later chdir does not move a relative path
     return FeatureCache(folder, load_manifest(folder))
+
+
+def _close_all(files: "OrderedDict[int, int]") -> None:
+    while files:
+        os.close(files.popitem()[1])
 
 
 def _listed(layers: tuple[int, ...]) -> str:

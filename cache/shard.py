@@ -189,6 +189,8 @@ def check_index(path: Path, record: ShardRecord, layout: HiddenLayout) -> None:
         if size != record.bytes:
             raise CacheError(f"the shard {path} has {size} bytes, {record.bytes} were written; {_way_out()}")
         digest = _hash_around(descriptor, size, record.offset, record.rows * layout.row_bytes)
+    except OSError as error:
+        raise CacheError(f"the shard {path} cannot be read ({error.strerror}); {_way_out()}") from None
     finally:
         os.close(descriptor)
     if digest != record.sha256:

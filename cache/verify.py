@@ -10,7 +10,7 @@ from .errors import CacheError
 from .fileio import open_read, read_into
 from .manifest import ShardRecord
 from .reader import FeatureCache
-from .shard import HiddenLayout, read_index
+from .shard import HiddenLayout, RowIndex, read_index
 
 
 def verify_cache(cache: FeatureCache, progress: Callable[[int], None] | None = None) -> list[str]:
@@ -47,14 +47,22 @@ def verify_shard(folder: Path, record: ShardRecord, *, layers: int, width: int, 
         index = read_index(folder, record, layout)
     except CacheError as error:
         return [str(error)]
+    try:
+        wrong = _changed_rows(folder / record.file, record, layout, index)
+    except OSError as error:
+        return [f"the shard {folder / record.file} cannot be read ({error.strerror}); restore it from a copy"]
+    return [f"the shard {folder / record.file} is damaged: {'; '.join(wrong[:5])}"] if wrong else []
+
+
+def _changed_rows(path: Path, record: ShardRecord, layout: HiddenLayout, index: RowIndex) -> list[str]:
     wrong = []
     buffer = memoryview(bytearray(layout.row_bytes))
-    descriptor = open_read(folder / record.file)
+    descriptor = open_read(path)
     try:
         for position, length in enumerate(index.lengths.tolist()):
             read_into(descriptor, buffer, record.offset + layout.place(position, 0))
             crc, padding = 0, False
-            for layer in range(layers):
+            for layer in range(layout.layers):
                 begin = layer * layout.T * layout.token_bytes
                 end = begin + length * layout.token_bytes
                 crc = zlib.crc32(buffer[begin:end], crc)
@@ -64,4 +72,4 @@ def verify_shard(folder: Path, record: ShardRecord, *, layers: int, width: int, 
                 wrong.append(f"the {where} of row {index.row[position]} (id {index.ids[position]!r}) changed")
     finally:
         os.close(descriptor)
-    return [f"the shard {folder / record.file} is damaged: {'; '.join(wrong[:5])}"] if wrong else []
+    return wrong

@@ -10,6 +10,7 @@ import numpy as np
 from .dtypes import storage_dtype
 from .errors import CacheError
 from .identity import Identity, refuse_differences
+from .lock import lock_folder
 from .manifest import MANIFEST, Manifest, SplitRecord, check_split_name, load_manifest
 from .shard import ShardWriter
 
@@ -32,7 +33,7 @@ class SplitRows:
     truncated: int
     """How many rows were cut to max_length."""
     fingerprint: str
-    """sha256 over the ordered ids, texts and targets."""
+    """sha256 over the ordered ids, texts, targets and tokens."""
 
 
 class CacheWriter:
@@ -64,9 +65,21 @@ class CacheWriter:
         else:
             if folder.exists() and not folder.is_dir():
                 raise CacheError(f"{folder} is a file; a cache is a folder. Choose another name")
-            if folder.exists() and any(not _may_be_leftover(entry.name) for entry in folder.iterdir()):
+            if folder.exists() and any(not _may_be_ours(entry.name) for entry in folder.iterdir()):
                 raise CacheError(f"{folder} holds other files and is not a relish cache; choose a new or empty folder")
             self.manifest = Manifest(identity, label_range, task, made_by)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Be the only one who writes shards; the folder is made if it is not there.
+
+        Raises:
+            CacheError: if another process is writing, or has written since this cache was opened.
+        """
+        with lock_folder(self.folder, CacheError):
+            if (self.folder / MANIFEST).exists() and load_manifest(self.folder) != self.manifest:
+                raise CacheError(f"the cache {self.folder} was changed by another process; run the command again")
+            yield
 
     def split(self, name: str, rows: SplitRows, *, shard_rows: int) -> "SplitWriter":
         """Begin or resume a split.
@@ -75,6 +88,9 @@ class CacheWriter:
             CacheError: if the split is there with other rows or another cut into shards.
         """
         check_split_name(name)
+        for other in self.manifest.splits:
+            if other != name and other.casefold() == name.casefold():
+                raise CacheError(f"the cache has a split {other!r}; {name!r} would be the same file on some systems")
         lengths = np.array([len(tokens) for tokens in rows.tokens], dtype=np.int64)
         shards = cut_into_shards(lengths, shard_rows)
         known = self.manifest.splits.get(name)
@@ -90,7 +106,7 @@ class CacheWriter:
         elif known.fingerprint != rows.fingerprint:
             raise CacheError(
                 f"the split {name!r} of the cache {self.folder} was made from other rows ({known.rows} there, "
-                f"{len(lengths)} here; ids, texts, targets or their order differ). "
+                f"{len(lengths)} here; ids, texts, targets, their order or their tokens differ). "
                 "Give the file it was made from, or choose another split name or folder"
             )
         elif known.planned != len(shards) or any(
@@ -174,6 +190,7 @@ def cut_into_shards(lengths: np.ndarray, shard_rows: int) -> list[np.ndarray]:
     return shards
 
 
-def _may_be_leftover(name: str) -> bool:
-    # A process killed before its first manifest leaves a shard, or a temporary file, and nothing else.
-    return name.endswith((".h5", ".tmp"))
+def _may_be_ours(name: str) -> bool:
+    # A process killed before its first manifest leaves a shard; hidden files are temporary ones, the lock, or the
+    # system's.
+    return name.endswith(".h5") or name.startswith(".")

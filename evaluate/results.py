@@ -1,6 +1,6 @@
 """`evaluate_runs`: every head of a runs folder on one split of the cache, to figures, files and a report."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ def evaluate_runs(
     split: str = "test",
     out: str | Path | None = None,
     device: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
 ) -> Results:
     """Score every trained head of a folder on one split.
 
@@ -32,6 +33,7 @@ def evaluate_runs(
         split: the split to score.
         out: folder for results.json, results.csv, predictions.csv, report.html and the plots; None to write nothing.
         device: cuda, mps, cpu or auto.
+        progress: called with heads scored and heads in all.
 
     Returns:
         Figures per cell, and per head and depth over its seeds with bootstrap intervals.
@@ -43,6 +45,8 @@ def evaluate_runs(
         MissingExtraError: if a report is asked for and matplotlib or jinja2 is not installed.
     """
     if out is not None:  # before the work, not after it
+        if Path(out).exists() and not Path(out).is_dir():
+            raise RunError(f"{out} is a file; the report needs a folder")
         for module in ("matplotlib", "jinja2"):
             require_extra(module, "report", "The report")
     found = find_runs(runs)
@@ -50,16 +54,12 @@ def evaluate_runs(
     check_cache(found, opened)
     rows = _labelled(opened.split(split, layer=found[0].layer))
     where = pick_device(device)
-    cells = [
-        CellPredictions(
-            head=run.head.name,
-            depth=run.head.depth,
-            seed=run.seed,
-            parameters=run.parameters,
-            values=predict_rows(load_head(run).to(where), rows, where),
-        )
-        for run in found
-    ]
+    cells = []
+    for run in found:
+        values = predict_rows(load_head(run).to(where), rows, where)
+        cells.append(CellPredictions(run.head.name, run.head.depth, run.seed, run.parameters, values))
+        if progress is not None:
+            progress(len(cells), len(found))
     results = summarise(
         split, found[0].label_range, rows.split.ids, rows.split.row, rows.target, cells, _meta(found[0], opened)
     )

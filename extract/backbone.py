@@ -1,6 +1,7 @@
 """The frozen LLM: its configuration and tokenizer first, its weights only when there is something to run."""
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,6 +12,9 @@ from ..cache.errors import BackboneError, SettingsError, require_extra
 from .files import BackboneFiles
 
 _TOKENIZE_ROWS = 1000
+_POSITIONS_AFTER_PADDING = {"roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet"}
+"""Architectures whose positions begin after the padding's, so that their context is shorter than their config says."""
+_LLAMA3_DATE = "26 Jul 2024"  # what its template writes where no clock is
 
 
 class Backbone:
@@ -55,17 +59,21 @@ class Backbone:
         self.tokenizer = self._from_pretrained("AutoTokenizer")
         self.device = pick_device(device)
         if compute_dtype == "auto":
-            own = getattr(self._text_config, "dtype", None) if self.device.type == "cuda" else None
+            stated = getattr(self._text_config, "dtype", None) or getattr(config, "dtype", None)
+            own = stated if self.device.type == "cuda" else None
             self.compute_dtype = own if isinstance(own, torch.dtype) else torch.float32
         else:
             self.compute_dtype = getattr(torch, compute_dtype)
         self._model: Any = None
+        self._pad = 0
         self._caught: dict[int, Any] = {}
 
     @property
     def context(self) -> int | None:
         """Most tokens the backbone can read, None if it does not say."""
         positions = getattr(self._text_config, "max_position_embeddings", None)
+        if positions is not None and self._text_config.model_type in _POSITIONS_AFTER_PADDING:
+            positions -= self._text_config.pad_token_id + 1
         limits = [n for n in (positions, self.tokenizer.model_max_length) if n is not None and n < 10**9]
         return min(limits, default=None)
 
@@ -96,9 +104,17 @@ class Backbone:
                 raise BackboneError(
                     f"the tokenizer of {self.files.name} has no chat template; leave --chat-template out"
                 )
+            if "strftime_now" in self.tokenizer.chat_template and "date_string" not in self.tokenizer.chat_template:
+                raise BackboneError(
+                    f"the chat template of {self.files.name} writes today's date into every prompt, so hidden states "
+                    "would change from day to day; leave --chat-template out and write the turn into --prompt"
+                )
             texts = [
                 self.tokenizer.apply_chat_template(
-                    [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+                    [{"role": "user", "content": text}],
+                    add_generation_prompt=True,
+                    tokenize=False,
+                    date_string=_LLAMA3_DATE,
                 )
                 for text in texts
             ]
@@ -138,14 +154,18 @@ class Backbone:
                 raise
             model = self._from_pretrained("AutoModel", **{**options, "attn_implementation": "eager"})
         model.eval().requires_grad_(False)
-        parent, name, blocks = _find_blocks(model, self.depth)
-        top = self.layers[-1]
-        setattr(parent, name, torch.nn.ModuleList(blocks[: max(top, 1)]))
-        for layer in self.layers:
-            if layer == 0:
-                blocks[0].register_forward_pre_hook(self._catch_input, with_kwargs=True)
-            elif layer < self.depth:
-                blocks[layer - 1].register_forward_hook(self._catch_output(layer))
+        if self.layers != (self.depth,):
+            parent, name, blocks = _find_blocks(model, self.depth)
+            setattr(parent, name, torch.nn.ModuleList(blocks[: max(self.layers[-1], 1)]))
+            for layer in self.layers:
+                if layer == 0:
+                    blocks[0].register_forward_pre_hook(self._catch_input, with_kwargs=True)
+                elif layer < self.depth:
+                    blocks[layer - 1].register_forward_hook(self._catch_output(layer))
+        embeddings = model.get_input_embeddings()
+        pad = self.tokenizer.pad_token_id
+        # A pad token added to the tokenizer alone has no embedding. Padding is masked, so that any other does.
+        self._pad = pad if pad is not None and pad < embeddings.num_embeddings else 0
         try:
             self._model = model.to(self.device)
         except torch.OutOfMemoryError:
@@ -177,19 +197,20 @@ class Backbone:
             mask[number, : len(row)] = 1
         # Right padding whatever the tokenizer prefers: positions then count from the first real token, as they do for
         # a row alone.
-        input_ids[mask == 0] = self.tokenizer.pad_token_id or 0
+        input_ids[mask == 0] = self._pad
         arguments = {"use_cache": False} if hasattr(self._text_config, "use_cache") else {}
-        with torch.inference_mode():
-            model: Any = self._model
-            output = model(
-                input_ids=torch.from_numpy(input_ids).to(self.device),
-                attention_mask=torch.from_numpy(mask).to(self.device),
-                **arguments,
-            )
-        self._caught[self.depth] = output.last_hidden_state
-        states = torch.stack([self._caught[layer] for layer in self.layers], dim=1)
-        self._caught.clear()
-        return states
+        model: Any = self._model
+        try:
+            with torch.inference_mode():
+                output = model(
+                    input_ids=torch.from_numpy(input_ids).to(self.device),
+                    attention_mask=torch.from_numpy(mask).to(self.device),
+                    **arguments,
+                )
+                self._caught[self.depth] = output.last_hidden_state
+                return torch.stack([self._caught[layer] for layer in self.layers], dim=1)
+        finally:
+            self._caught.clear()  # also when memory ran out: what is kept here could not be freed
 
     def _from_pretrained(self, factory: str, **options: Any) -> Any:
         try:
@@ -226,8 +247,19 @@ def resolve_layers(layers: Sequence[int | float], depth: int) -> tuple[int, ...]
 def _find_blocks(model: Any, depth: int) -> tuple[Any, str, Any]:
     import torch
 
-    for path, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == depth and "vision" not in path:
-            parent, _, name = path.rpartition(".")
-            return model.get_submodule(parent), name, module
-    raise BackboneError(f"{type(model).__name__} has no list of {depth} blocks; this architecture is not supported")
+    found = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList)
+        and len(module) == depth
+        and not re.search("vision|visual|audio", path)
+    ]
+    # Lists inside the blocks, such as experts, are none of ours.
+    outer = [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
+    if len(outer) != 1:
+        raise BackboneError(
+            f"{type(model).__name__} has {len(outer)} lists of {depth} blocks where one was expected; of this "
+            "architecture only the last layer can be extracted (--layers last)"
+        )
+    parent, _, name = outer[0].rpartition(".")
+    return model.get_submodule(parent), name, model.get_submodule(outer[0])

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -28,6 +29,10 @@ def extract(
         typer.Option("--data", metavar="SPLIT=FILE", help="CSV, TSV, JSONL or Parquet; once for each split."),
     ] = None,
     hub: Annotated[str | None, typer.Option("--hub", help="Hub id of a data set, instead of --data.")] = None,
+    hub_config: Annotated[str | None, typer.Option(help="Configuration of that data set.")] = None,
+    hub_splits: Annotated[
+        str | None, typer.Option(metavar="SPLIT,...", help="Splits to take of it; default all.")
+    ] = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", help='Template over column names: "{title}: {text}".')
     ] = None,
@@ -44,13 +49,15 @@ def extract(
     ] = "last",
     dtype: Annotated[str, typer.Option(help="Storage type: bfloat16, float16 or float32.")] = "bfloat16",
     compute_dtype: Annotated[
-        str, typer.Option(help="Type the backbone runs in; auto: the checkpoint's own on a GPU, float32 on the CPU.")
+        str, typer.Option(help="Type the backbone runs in; auto: the checkpoint's own on cuda, float32 elsewhere.")
     ] = "auto",
     device: Annotated[str, typer.Option(help="cuda, mps, cpu or auto.")] = "auto",
     max_length: Annotated[
         int | None, typer.Option(help="Longest row in tokens; default the backbone's context.")
     ] = None,
-    truncate: Annotated[bool, typer.Option("--truncate", help="Cut longer rows instead of refusing them.")] = False,
+    truncate: Annotated[
+        bool, typer.Option("--truncate", help="Cut longer rows at their end, the prompt's end included.")
+    ] = False,
     batch_tokens: Annotated[
         int | None, typer.Option(help="Token slots per forward pass; default 16384 on a GPU, 2048 on the CPU.")
     ] = None,
@@ -82,6 +89,8 @@ def extract(
         task=task,
         data=parse_data(data or []),
         hub=hub,
+        hub_config=hub_config,
+        hub_splits=tuple(name.strip() for name in hub_splits.split(",")) if hub_splits else (),
         prompt=prompt,
         chat_template=chat_template,
         target_column=target_column,
@@ -123,4 +132,4 @@ def extract(
         typer.echo("everything was there already")
     kept = open_cache(cache).layers
     layer = f" --layer {kept[-1]}" if len(kept) > 1 else ""
-    typer.echo(f"next: relish train {cache} --out runs{layer}")
+    typer.echo(f"next: relish train {quote(str(cache))} --out runs{layer}")

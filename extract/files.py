@@ -4,12 +4,13 @@ import hashlib
 import re
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..cache.errors import BackboneError, require_extra
 
-_CONFIG = ("config.json", "*.py")
+_CONFIG = ("config.json", "adapter_config.json", "*.py")
 _TOKENIZER = (
     "tokenizer*",
     "vocab*",
@@ -21,8 +22,14 @@ _TOKENIZER = (
     "*.tiktoken",
     "spiece*",
 )
-_SAFE_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-_OLD_WEIGHTS = ("pytorch_model*.bin", "pytorch_model*.bin.index.json")
+# transformers' own names: a repository may hold the same weights once more under others (consolidated, fp16).
+_SAFE_WEIGHTS = (
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "adapter_model.safetensors",
+)
+_OLD_WEIGHTS = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json")
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class BackboneFiles:
         weights = self._matching(_SAFE_WEIGHTS) or self._matching(_OLD_WEIGHTS)
         if not weights:
             raise BackboneError(
-                f"{self.folder} holds no weights: expected *.safetensors or pytorch_model*.bin"
+                f"{self.folder} holds no weights: expected model*.safetensors or pytorch_model*.bin"
                 + (
                     f", and for a GGUF name the file: {', '.join(found)}"
                     if (found := sorted(path.name for path in self.folder.glob("*.gguf")))
@@ -96,9 +103,10 @@ def _from_hub(model: str, gguf_file: str | None, revision: str | None) -> Backbo
         raise BackboneError(f"no such model: {model!r} is no folder or GGUF file on this machine, and no hub id")
     weights = (gguf_file,) if gguf_file else _SAFE_WEIGHTS
     try:
-        folder = hub.snapshot_download(model, revision=revision, allow_patterns=[*_CONFIG, *_TOKENIZER, *weights])
-        if gguf_file is None and not list(Path(folder).glob("*.safetensors")):
-            folder = hub.snapshot_download(model, revision=revision, allow_patterns=list(_OLD_WEIGHTS))
+        get = partial(hub.snapshot_download, model, revision=revision, ignore_patterns=["*/*"])
+        folder = get(allow_patterns=[*_CONFIG, *_TOKENIZER, *weights])
+        if gguf_file is None and not list(Path(folder).glob("model*.safetensors")):
+            folder = get(allow_patterns=list(_OLD_WEIGHTS))
     except (OSError, ValueError, RuntimeError, hub.errors.HfHubHTTPError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BackboneError(

@@ -1,5 +1,6 @@
 """`extract_cache`: texts through the frozen LLM into a cache, resumable at every shard."""
 
+import hashlib
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -14,8 +15,9 @@ from ..cache.info import padding_overhead
 from ..cache.manifest import MANIFEST, load_manifest
 from ..cache.writer import CacheWriter, SplitRows, SplitWriter
 from .backbone import Backbone
-from .batches import run_in_batches
+from .batches import Budget, run_in_batches
 from .files import find_backbone
+from .rows import SplitData
 from .settings import ExtractSettings
 from .sink import ShardSink
 from .sources import load_texts
@@ -69,8 +71,10 @@ def extract_cache(cache: str | Path, settings: ExtractSettings, *, progress: Pro
     folder = Path(cache).resolve()
     note = progress.note if progress is not None else _ignore
     known_range = load_manifest(folder).label_range if (folder / MANIFEST).exists() else None
+    data = load_texts(
+        settings, known_range
+    )  # first: a hub model is gigabytes to fetch, a wrong column is not worth that
     files = find_backbone(settings.model, gguf_file=settings.gguf_file, revision=settings.revision)
-    data = load_texts(settings, known_range)
     if data.range_was_taken:
         low, high = data.label_range
         note(f"label range {low:g} to {high:g}, taken from the training split (--label-range sets it)")
@@ -95,21 +99,22 @@ def extract_cache(cache: str | Path, settings: ExtractSettings, *, progress: Pro
             split.texts, chat_template=settings.chat_template, max_length=max_length, truncate=settings.truncate
         )
         check_lengths(name, tokens, max_length)
-        rows = SplitRows(split.ids, split.targets, tokens, cut, split.fingerprint())
+        rows = SplitRows(split.ids, split.targets, tokens, cut, _fingerprint(split, tokens))
         splits.append((name, rows, writer.split(name, rows, shard_rows=settings.shard_rows)))
     pending = [(name, rows, split, number) for name, rows, split in splits for number in split.pending()]
     computed = 0
     started = time.perf_counter()
     if pending:
-        note(f"loading {files.name} ({backbone.compute_dtype}, {backbone.device})".replace("torch.", ""))
-        backbone.load()
-        started = time.perf_counter()
-        todo = [len(rows.tokens[row]) for _, rows, split, number in pending for row in split.members(number)]
-        if progress is not None:
-            progress.begin(len(todo), sum(todo))
-        budget = settings.batch_tokens or backbone.default_batch_tokens
-        for name, rows, split, number in pending:
-            computed += _extract_shard(backbone, name, rows, split, number, budget, progress)
+        with writer.writing():
+            note(f"loading {files.name} ({backbone.compute_dtype}, {backbone.device})".replace("torch.", ""))
+            backbone.load()
+            started = time.perf_counter()
+            todo = [len(rows.tokens[row]) for _, rows, split, number in pending for row in split.members(number)]
+            if progress is not None:
+                progress.begin(len(todo), sum(todo))
+            budget = Budget(settings.batch_tokens or backbone.default_batch_tokens)
+            for name, rows, split, number in pending:
+                computed += _extract_shard(backbone, name, rows, split, number, budget, progress)
     records = [split.record for _, _, split in splits]
     shards = [shard for record in records for shard in record.shards]
     return ExtractSummary(
@@ -165,10 +170,19 @@ def identify(backbone: Backbone, settings: ExtractSettings, *, prompt: str, max_
         truncate=settings.truncate,
         layers=backbone.layers,
         hidden_size=backbone.hidden_size,
+        trust_remote_code=settings.trust_remote_code,
         dtype=settings.dtype,
         compute_dtype=str(backbone.compute_dtype).removeprefix("torch."),
         transformers=backbone.version,
     )
+
+
+def _fingerprint(split: SplitData, tokens: list[np.ndarray]) -> str:
+    # The tokens too: another version of the tokenizer's library, or a chat template, may change them.
+    digest = hashlib.sha256(split.fingerprint().encode())
+    for row in tokens:
+        digest.update(len(row).to_bytes(4, "little") + row.tobytes())
+    return digest.hexdigest()
 
 
 def _extract_shard(
@@ -177,7 +191,7 @@ def _extract_shard(
     rows: SplitRows,
     split: SplitWriter,
     number: int,
-    budget: int,
+    budget: Budget,
     progress: Progress | None,
 ) -> int:
     members = split.members(number)
@@ -202,7 +216,7 @@ def _made_by(backbone: Backbone) -> dict[str, str]:
 
     from ..cache.version import __version__
 
-    device = torch.cuda.get_device_name() if backbone.device.type == "cuda" else backbone.device.type
+    device = torch.cuda.get_device_name(backbone.device) if backbone.device.type == "cuda" else backbone.device.type
     return {"relish": __version__, "torch": torch.__version__, "device": device}
 
 

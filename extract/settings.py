@@ -33,7 +33,11 @@ class ExtractSettings:
     data: Mapping[str, Source] = field(default_factory=dict)
     """Split name to its rows."""
     hub: str | None = None
-    """Hub id of a data set whose splits are all extracted; a preset has one of its own."""
+    """Hub id of a data set; a preset has one of its own."""
+    hub_config: str | None = None
+    """Configuration of that data set, where it has several."""
+    hub_splits: tuple[str, ...] = ()
+    """Splits to take of it; () for all."""
     prompt: str | None = None
     """Template over column names, "{title}: {text}". Default: the preset's, or the text column alone."""
     chat_template: bool = False
@@ -50,7 +54,7 @@ class ExtractSettings:
     dtype: str = "bfloat16"
     """Storage type: bfloat16, float16 or float32."""
     compute_dtype: str = "auto"
-    """Type the backbone runs in; auto is the checkpoint's own on a GPU and float32 on the CPU."""
+    """Type the backbone runs in; auto is the checkpoint's own on cuda and float32 elsewhere."""
     device: str = "auto"
     """cuda, mps, cpu, or auto for the first of these that is there."""
     max_length: int | None = None

@@ -67,13 +67,17 @@ def _open_sources(settings: ExtractSettings, task: Task | None) -> dict[str, tup
         return {split: _open_source(split, source) for split, source in settings.data.items()}
     hub = settings.hub or (task.hub if task else None)
     assert hub is not None
-    config = task.hub_config if task is not None and hub == task.hub else None
-    return {split: (f"{hub} ({split})", read_hub(hub, split, config)) for split in hub_splits(hub, config)}
+    config = settings.hub_config or (task.hub_config if task is not None and hub == task.hub else None)
+    there = hub_splits(hub, config)
+    for split in settings.hub_splits:
+        if split not in there:
+            raise DataError(f"the data set {hub} has no split {split!r}; it has {', '.join(there)}")
+    return {split: (f"{hub} ({split})", read_hub(hub, split, config)) for split in settings.hub_splits or there}
 
 
 def _open_source(split: str, source: Source) -> tuple[str, Iterable[Mapping[str, Any]]]:
     if isinstance(source, (str, Path)):
-        return Path(source).name, read_rows(Path(source))
+        return Path(source).name, read_rows(Path(source).expanduser())
     return f"the rows of {split}", source
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -102,7 +103,7 @@ def train(
             json.dumps({"runs": str(out), "cells": cells, "diverged": [str(c) for c in result.diverged]}, indent=2)
         )
     else:
-        typer.echo(f"next: relish evaluate {out} --out report")
+        typer.echo(f"next: relish evaluate {quote(str(out))} --out report")
     if result.diverged:
         names = ", ".join(map(str, result.diverged))
         typer.echo(

@@ -19,7 +19,7 @@ from .metrics import score
 from .pooled import pool
 from .ridge import ALPHAS, solve_ridge
 from .ridge import Moments as RidgeMoments
-from .run import discard, find_runs, run_name, save_run
+from .run import cell_folders, discard, find_runs, run_name, save_run
 from .settings import CLOSED_FORM, LEARNING_RATES, TrainSettings
 
 
@@ -90,8 +90,8 @@ def train_heads(
     opened = open_cache(cache)
     grid = grid_cells(settings)
     train, val = training_rows(opened, settings)
-    config = _config(opened, settings, train)
-    finished = _finished(out, config)
+    config = _config(opened, settings, train, val)
+    finished = _finished(out, config, settings)
     device = pick_device(settings.device)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
@@ -123,11 +123,11 @@ def train_heads(
 
 
 def grid_cells(settings: TrainSettings) -> list[CellName]:
-    """The cells of a grid: relish at each depth, others once per seed, ridge once."""
+    """The cells of a grid: relish at each depth, others once per seed, ridge once, as seed 0."""
     cells = []
     for head in settings.heads:
         depths = settings.depths if head == "relish" else (0,)
-        seeds = settings.seeds[:1] if head in CLOSED_FORM else settings.seeds
+        seeds = (0,) if head in CLOSED_FORM else settings.seeds
         cells += [CellName(head, depth, seed) for depth in depths for seed in seeds]
     return cells
 
@@ -157,12 +157,14 @@ def _train_cell(
         torch.manual_seed(cell.seed)
         head = build_head(spec)
         target = train.target
+        lr = _own_lr(settings, cell.head)
         history: list[EpochRecord] = []
         if cell.head in CLOSED_FORM:
             alpha = _fit_ridge(head, train, val, config["label_range"])
             extra: dict[str, Any] = {"alpha": alpha}
+            head.to(device)
         else:
-            extra = {}
+            assert lr is not None
             head.target_scale.set(float(target.mean()), float(target.std()))
             if settings.standardise:
                 pooling = getattr(head, "pooling", None)
@@ -175,7 +177,7 @@ def _train_cell(
                 train,
                 val,
                 settings=settings,
-                lr=settings.lr or LEARNING_RATES[cell.head],
+                lr=lr,
                 seed=cell.seed,
                 label_range=config["label_range"],
                 device=device,
@@ -191,8 +193,13 @@ def _train_cell(
         **extra,
         "seconds": round(time.perf_counter() - started, 3),
     }
-    cell_config = {**config, "head": asdict(spec), "seed": cell.seed, "parameters": count_parameters(head)}
-    save_run(out / str(cell), head, config=cell_config, history=history, metrics=metrics)
+    own = {
+        "head": asdict(spec),
+        "seed": cell.seed,
+        "parameters": count_parameters(head),
+        "settings": {**config["settings"], "lr": lr},
+    }
+    save_run(out / str(cell), head, config={**config, **own}, history=history, metrics=metrics)
     return metrics
 
 
@@ -215,54 +222,55 @@ def _fit_ridge(head: Head, train: Rows, val: Rows, label_range: tuple[float, flo
     return ALPHAS[best]
 
 
-def _config(cache: FeatureCache, settings: TrainSettings, train: Rows) -> dict[str, Any]:
+def _config(cache: FeatureCache, settings: TrainSettings, train: Rows, val: Rows) -> dict[str, Any]:
     recipe = asdict(settings)
     for grid_or_machine in ("heads", "depths", "seeds", "layer", "device", "threads"):
         del recipe[grid_or_machine]
-    layer = cache.layers[cache.layer_position(settings.layer)]
+    splits = cache.manifest.splits
     return {
         "relish": __version__,
         "cache": str(cache.folder),
         "identity": cache.identity.to_json(),
         "task": cache.manifest.task,
-        "layer": layer,
+        "layer": cache.layers[cache.layer_position(settings.layer)],
         "label_range": list(cache.label_range),
         "train_rows": len(train),
-        "train_fingerprint": cache.manifest.splits["train"].fingerprint,
+        "data": {
+            "train": splits["train"].fingerprint,
+            "val_split": val.split.name,
+            "val": splits[val.split.name].fingerprint,
+        },
         "settings": recipe,
     }
 
 
-def _finished(out: Path, config: dict[str, Any]) -> dict[CellName, dict[str, Any]]:
+def _own_lr(settings: TrainSettings, head: str) -> float | None:
+    return None if head in CLOSED_FORM else settings.lr or LEARNING_RATES[head]
+
+
+def _finished(out: Path, config: dict[str, Any], settings: TrainSettings) -> dict[CellName, dict[str, Any]]:
     """Cells that are there already.
 
     Raises:
         RunError: if any was trained on something else or in another way: a table of them would compare unlike things.
     """
-    import json
-
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file; --out takes a folder")
-    try:
-        runs = find_runs(out)
-    except RunError:
+    if not cell_folders(out):
         if out.exists() and any(not entry.name.startswith(".") for entry in out.iterdir()):
-            raise RunError(f"{out} holds other files and no runs; choose a new or empty folder") from None
+            raise RunError(f"{out} holds other files and no runs; choose a new or empty folder")
         return {}
+    runs = find_runs(out)
     for run in runs:
-        have = json.loads((run.path / "config.json").read_text(encoding="utf-8"))
-        for name in ("layer", "label_range", "train_rows", "train_fingerprint"):
-            if have.get(name) != config[name]:
-                raise RunError(_other_run(out, run.path, name, have.get(name), config[name]))
-        for part in ("identity", "settings"):
-            for name, value in config[part].items():
-                if have[part].get(name) != (list(value) if isinstance(value, tuple) else value):
-                    raise RunError(_other_run(out, run.path, name, have[part].get(name), value))
+        have = {"layer": run.layer, "label_range": list(run.label_range), "train_rows": run.train_rows}
+        pairs = [(have, {name: config[name] for name in have})]
+        pairs += [(run.data, config["data"]), (run.identity.to_json(), config["identity"])]
+        pairs += [(run.settings, {**config["settings"], "lr": _own_lr(settings, run.head.name)})]
+        for there, here in pairs:
+            for name, value in here.items():
+                if there.get(name) != value:
+                    raise RunError(
+                        f"{out} holds runs of another training: {run.path.name} has {name} {there.get(name)!r}, this "
+                        f"one {value!r}. Choose another --out, or the same settings to go on"
+                    )
     return {CellName(run.head.name, run.head.depth, run.seed): run.metrics for run in runs}
-
-
-def _other_run(out: Path, path: Path, name: str, have: object, want: object) -> str:
-    return (
-        f"{out} holds runs of another training: {path.name} has {name} {have!r}, this one {want!r}. "
-        "Choose another --out, or the same settings to go on"
-    )

@@ -78,15 +78,15 @@ class RelishHead(nn.Module):
         return self.target_scale(self.regressor(state).squeeze(-1))
 
     def _project(self, hidden: Tensor, mask: Tensor, *, real_only: bool) -> Tensor:
-        """W_p H + b_p of standardised hidden states: (B, T, D) to (B, T, d), zero where padded."""
+        """W_p H + b_p of standardised hidden states: (B, T, D) to (B, T, d), finite where padded."""
         weight, shift = self.input_scale.fold(self.input_projection.weight, self.input_projection.bias)
         if real_only:
             tokens = weight.new_zeros(*mask.shape, len(weight))
             tokens[mask] = nn.functional.linear(hidden[mask].to(weight.dtype), weight, shift)
             return tokens
-        tokens = nn.functional.linear(hidden.to(weight.dtype), weight, shift)
         # Padding may hold anything, and 0 × NaN is NaN: it must be zero, not only unattended.
-        return tokens.masked_fill(~mask.unsqueeze(-1), 0.0)
+        hidden = hidden.to(weight.dtype).masked_fill(~mask.unsqueeze(-1), 0.0)
+        return nn.functional.linear(hidden, weight, shift)
 
     def load_published_state_dict(self, published: Mapping[str, Tensor]) -> None:
         """Load weights in the layout of the authors' module.

@@ -120,7 +120,7 @@ def predict_rows(head: Head, rows: Rows, device: torch.device) -> np.ndarray:
     predictions = np.empty(len(rows))
     batches = ordered_batches(rows.lengths)
     for batch, (hidden, mask, _) in zip(batches, read_ahead(rows, batches), strict=True):
-        predictions[batch] = head(hidden.to(device), mask.to(device)).double().cpu().numpy()
+        predictions[batch] = head(hidden.to(device), mask.to(device)).cpu().double().numpy()  # mps has no float64
     return predictions
 
 

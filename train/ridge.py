@@ -42,6 +42,7 @@ def solve_ridge(sums: Moments, alphas: tuple[float, ...] = ALPHAS) -> list[tuple
     mean = sums.x / sums.rows
     covariance = sums.xx - np.outer(sums.x, mean)
     scale = np.sqrt(np.maximum(np.diag(covariance) / sums.rows, 0.0))
+    scale[scale <= 1e-6 * np.abs(mean)] = 1.0  # a constant feature's deviation is rounding noise
     scale[scale == 0] = 1.0
     values, vectors = np.linalg.eigh(covariance / np.outer(scale, scale))
     moment = vectors.T @ ((sums.xy - sums.x * (sums.y / sums.rows)) / scale)

@@ -12,9 +12,10 @@ from typing import Any
 from ..cache.errors import RunError
 from ..cache.fileio import sync_folder
 from ..cache.identity import Identity
+from ..cache.jsonfile import read_versioned
 from .heads import Head, HeadSpec, build_head, count_parameters
 
-FORMAT = "relish-run"
+FORMAT = "relish run"
 VERSION = 1
 
 
@@ -39,6 +40,8 @@ class Run:
     settings: dict[str, Any]
     """The recipe: TrainSettings without the grid."""
     train_rows: int
+    data: dict[str, str]
+    """Which rows it saw: fingerprints of the training and validation split, and the latter's name."""
     metrics: dict[str, Any]
     """metrics.json: validation figures, epochs, seconds."""
 
@@ -59,9 +62,9 @@ def save_run(
     temporary.mkdir(parents=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
     save_file(state, temporary / "model.safetensors")
-    _write(temporary / "config.json", json.dumps({"format": FORMAT, "version": VERSION, **config}, indent=2))
-    _write(temporary / "history.jsonl", "\n".join(json.dumps(asdict(record)) for record in history))
-    _write(temporary / "metrics.json", json.dumps(metrics, indent=2))
+    _write(temporary / "config.json", json.dumps({"format": FORMAT, "version": VERSION, **config}, indent=2) + "\n")
+    _write(temporary / "history.jsonl", "".join(_line(asdict(record)) for record in history))
+    _write(temporary / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     for file in temporary.iterdir():
         with file.open("rb+") as opened:
             os.fsync(opened.fileno())
@@ -84,38 +87,39 @@ def load_run(path: str | Path) -> Run:
     """
     path = Path(path)
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        metrics = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
+        config = read_versioned(
+            path / "config.json", format=FORMAT, version=VERSION, again="train again", error=RunError
+        )
     except FileNotFoundError:
-        cells = [run.name for run in _cell_folders(path)]
+        cells = [run.name for run in cell_folders(path)]
         hint = f"; it holds {len(cells)} runs, name one: {path / cells[0]}" if cells else ""
         raise RunError(f"{path} is no run folder: it has no config.json{hint}") from None
+    try:
+        metrics = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RunError(f"the run {path} cannot be read ({error}); train it again") from None
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise RunError(f"{path}/config.json is not that of a relish run")
-    if config.get("version") != VERSION:
-        raise RunError(
-            f"the run {path} has format version {config.get('version')!r}, and this relish reads version {VERSION}; "
-            "install the relish that wrote it, or train again"
-        )
+        raise RunError(f"{path / 'metrics.json'} cannot be read ({error}); train the run again") from None
     try:
         return Run(
             path=path,
             head=HeadSpec(**config["head"]),
-            seed=config["seed"],
+            seed=int(config["seed"]),
             parameters=config["parameters"],
             layer=config["layer"],
             label_range=(config["label_range"][0], config["label_range"][1]),
             cache=Path(config["cache"]),
             identity=Identity.from_json(config["identity"]),
             task=config["task"],
-            settings=config["settings"],
+            settings=dict(config["settings"]),
             train_rows=config["train_rows"],
+            data=dict(config["data"]),
             metrics=metrics,
         )
-    except (KeyError, TypeError, IndexError) as error:
-        raise RunError(f"the run {path} is damaged: config.json lacks {error}; train it again") from None
+    except KeyError as error:
+        raise RunError(f"the run {path} is damaged: its config.json lacks {error}; train it again") from None
+    except (TypeError, ValueError, IndexError, AttributeError) as error:
+        raise RunError(
+            f"the run {path} is damaged: its config.json holds something else ({error}); train it again"
+        ) from None
 
 
 def find_runs(runs: str | Path) -> list[Run]:
@@ -127,7 +131,7 @@ def find_runs(runs: str | Path) -> list[Run]:
     runs = Path(runs)
     if (runs / "config.json").exists():
         return [load_run(runs)]
-    found = [load_run(path) for path in _cell_folders(runs)]
+    found = [load_run(path) for path in cell_folders(runs)]
     if not found:
         raise RunError(f"there is no trained head in {runs}; make some with: relish train CACHE --out {runs}")
     return sorted(found, key=lambda run: (run.head.name, run.head.depth, run.seed))
@@ -164,11 +168,17 @@ def load_head(run: "str | Path | Run") -> Head:
     return head.eval()
 
 
-def _cell_folders(runs: Path) -> list[Path]:
+def cell_folders(runs: Path) -> list[Path]:
+    """The folders in `runs` that are named as run folders."""
     if not runs.is_dir():
         return []
     return sorted(path for path in runs.iterdir() if re.fullmatch(r"[a-z].*-L\d+-seed\d+", path.name))
 
 
+def _line(record: dict[str, Any]) -> str:
+    # JSON has no NaN, which is the correlation of constant predictions.
+    return json.dumps({name: None if value != value else value for name, value in record.items()}) + "\n"
+
+
 def _write(path: Path, text: str) -> None:
-    path.write_text(text + "\n", encoding="utf-8")
+    path.write_text(text, encoding="utf-8")

@@ -22,7 +22,8 @@ class InputScale(nn.Module):
     def set(self, mean: Tensor, scale: Tensor) -> None:
         """Take the mean (D,) and the standard deviation (D,) of the training split's real tokens."""
         self.mean.copy_(mean)
-        self.scale.copy_(torch.where(scale > 0, scale, torch.ones_like(scale)))
+        # A constant dimension has a deviation of rounding noise, not of 0; scaled by that it would dwarf all others.
+        self.scale.copy_(torch.where(scale > 1e-6 * mean.abs(), scale, torch.ones_like(scale)))
 
     def reset(self) -> None:
         """Back to the identity."""
@@ -30,7 +31,10 @@ class InputScale(nn.Module):
         self.scale.fill_(1.0)
 
     def fold(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight (d, D) and bias (d,) that give on raw inputs what the given ones give on standardised inputs."""
+        """Weight (d, D) and bias (d,) that give on raw inputs what the given ones give on standardised inputs.
+
+        The bias is a difference of large numbers: compute it in true float32, not in TF32 or under autocast.
+        """
         folded = weight / self.scale
         return folded, bias - folded @ self.mean
 

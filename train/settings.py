@@ -1,5 +1,6 @@
 """Everything `relish train` can be told."""
 
+import math
 from dataclasses import dataclass
 
 from ..cache.errors import SettingsError
@@ -15,7 +16,7 @@ HEADS = {
 
 CLOSED_FORM = ("ridge", "ridge-mean")
 LOSSES = ("huber", "mse")
-LEARNING_RATES = {"relish": 3e-4, "linear": 1e-2, "mlp": 3e-4}
+LEARNING_RATES = {"relish": 3e-4, "linear": 1e-2, "mlp": 1e-4}
 """Each head's own best on the validation splits of STS-B and SICK (benchmarks/recipe-log.md)."""
 
 
@@ -30,7 +31,7 @@ class TrainSettings:
     seeds: tuple[int, ...] = (0,)
     """Each seed draws weights and batches anew. Ridge has nothing to draw and is fitted once."""
 
-    epochs: int = 10
+    epochs: int = 5
     """Passes over the training rows, at most."""
     lr: float | None = None
     """Highest learning rate of AdamW; None for each head's own (LEARNING_RATES)."""
@@ -38,7 +39,7 @@ class TrainSettings:
     """Rows per step."""
     loss: str = "huber"
     """huber (δ = 1) or mse, on standardised targets."""
-    weight_decay: float = 0.01
+    weight_decay: float = 1.0
     """AdamW's decoupled weight decay."""
     dropout: float = 0.0
     """On the attention's, the FFN's and the MLP's output."""
@@ -84,8 +85,14 @@ class TrainSettings:
             raise SettingsError(f"a depth is at least 1, not {min(self.depths)}")
         if min(self.seeds) < 0:
             raise SettingsError(f"a seed is at least 0, not {min(self.seeds)}")
-        if self.lr is not None and not self.lr > 0:
-            raise SettingsError(f"lr must be above 0, not {self.lr}")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise SettingsError(f"lr must be a number above 0, not {self.lr}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise SettingsError(f"weight_decay must be a number from 0 on, not {self.weight_decay}")
+        if self.latent_size % self.num_heads:
+            raise SettingsError(
+                f"latent_size must be a multiple of num_heads, not {self.latent_size} with {self.num_heads}"
+            )
         for name in ("dropout", "warmup", "val_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise SettingsError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")

@@ -30,6 +30,7 @@ def identity(**changes: Any) -> Identity:
         "truncate": False,
         "layers": (3,),
         "hidden_size": WIDTH,
+        "trust_remote_code": False,
         "dtype": "bfloat16",
         "compute_dtype": "float32",
         "transformers": "5.0.0",

@@ -14,6 +14,7 @@ CHANGES = {
     "truncate": True,
     "layers": (1, 3),
     "hidden_size": 8,
+    "trust_remote_code": True,
     "dtype": "float16",
     "compute_dtype": "bfloat16",
     "transformers": "5.1.0",

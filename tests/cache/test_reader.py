@@ -158,20 +158,20 @@ def test_a_folder_that_is_no_cache(tmp_path):
 
 def test_a_file_that_is_no_cache(tmp_path):
     (tmp_path / "file").write_text("x")
-    assert "manifest.json cannot be read" in message(lambda: open_cache(tmp_path / "file"))
+    assert message(lambda: open_cache(tmp_path / "file")).endswith("file is a file, and a cache is a folder")
 
 
 def test_another_format_version(own):
     change_manifest(own, lambda value: value.update(version=2))
     assert message(lambda: open_cache(own)) == (
-        f"the cache {own} has format version 2, and this relish reads version 1; "
+        f"the relish cache {own} has format version 2, and this relish reads version 1; "
         "install the relish that wrote it, or extract again"
     )
 
 
 def test_the_manifest_of_something_else(own):
     (own / "manifest.json").write_text('{"name": "app"}')
-    assert message(lambda: open_cache(own)) == f"{own / 'manifest.json'} is not the manifest of a relish cache"
+    assert message(lambda: open_cache(own)) == f"{own / 'manifest.json'} is not that of a relish cache"
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"format": "relish-cac', "\ud800"])

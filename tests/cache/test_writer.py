@@ -77,8 +77,8 @@ def test_other_rows_are_refused(make, tmp_path):
     with pytest.raises(CacheError) as caught:
         make.open_writer(folder).split("train", make.rows((3, 2), seed=1), shard_rows=4)
     assert str(caught.value) == (
-        f"the split 'train' of the cache {folder} was made from other rows (10 there, 2 here; ids, texts, targets or "
-        "their order differ). Give the file it was made from, or choose another split name or folder"
+        f"the split 'train' of the cache {folder} was made from other rows (10 there, 2 here; ids, texts, targets, "
+        "their order or their tokens differ). Give the file it was made from, or choose another split name or folder"
     )
 
 

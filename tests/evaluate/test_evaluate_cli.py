@@ -6,6 +6,8 @@ from typer.testing import CliRunner
 
 from relish.cli import app
 
+from ..train.conftest import write_cache
+
 
 def relish(*words):
     return CliRunner().invoke(app, [str(word) for word in words])
@@ -35,6 +37,23 @@ def test_wrong_input_ends_with_code_2_and_one_sentence(runs, words, message):
     assert result.stderr.startswith("error: ")
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_a_head_for_another_hidden_size(runs, tmp_path):
+    other = write_cache(tmp_path / "other", hidden=16)
+    result = relish("evaluate", runs, "--cache", other)
+    assert result.exit_code == 2
+    assert "the head relish-L1-seed0 reads hidden states of size 24, and those of the cache" in result.stderr
+    assert result.stderr.endswith("have 16; give the cache it was trained on with --cache\n")
+
+
+def test_a_file_where_a_folder_should_be_is_named(runs, tmp_path):
+    (tmp_path / "report").touch()
+    result = relish("evaluate", runs, "--out", tmp_path / "report")
+    assert (result.exit_code, result.stderr) == (
+        2,
+        f"error: {tmp_path / 'report'} is a file; the report needs a folder\n",
+    )
 
 
 def test_no_runs(tmp_path):

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relish.cache.errors import BackboneError
-from relish.extract.batches import run_in_batches
+from relish.extract.batches import Budget, run_in_batches
 
 
 def slots(lengths, batch):
@@ -29,7 +29,7 @@ LENGTHS = st.lists(st.integers(1, 50), max_size=60).map(lambda lengths: sorted(l
 
 @given(LENGTHS, st.integers(1, 500))
 def test_every_row_once_in_order_within_the_budget(lengths, budget):
-    batches = [batch for batch, _ in run_in_batches(lengths, budget, list)]
+    batches = [batch for batch, _ in run_in_batches(lengths, Budget(budget), list)]
     assert [row for batch in batches for row in batch] == list(range(len(lengths)))
     assert all(len(batch) == 1 or slots(lengths, batch) <= budget for batch in batches)
     # No batch but the last stops short of the budget.
@@ -37,7 +37,7 @@ def test_every_row_once_in_order_within_the_budget(lengths, budget):
 
 
 def test_what_the_forward_pass_gave_comes_with_its_rows():
-    found = list(run_in_batches([4, 3, 2, 1], 8, lambda batch: f"rows {batch[0]} to {batch[-1]}"))
+    found = list(run_in_batches([4, 3, 2, 1], Budget(8), lambda batch: f"rows {batch[0]} to {batch[-1]}"))
     assert found == [(range(0, 2), "rows 0 to 1"), (range(2, 4), "rows 2 to 3")]
 
 
@@ -45,7 +45,7 @@ def test_what_the_forward_pass_gave_comes_with_its_rows():
 def test_out_of_memory_halves_the_batch_until_it_fits(lengths, budget, more):
     room = lengths[0] + more
     forward, tried = memory(lengths, room)
-    batches = list(run_in_batches(lengths, budget, forward))
+    batches = list(run_in_batches(lengths, Budget(budget), forward))
     assert [row for _, rows in batches for row in rows] == list(range(len(lengths)))
     assert all(slots(lengths, batch) <= room for batch, _ in batches)
     assert sum(size > room for size in tried) <= 10
@@ -54,14 +54,17 @@ def test_out_of_memory_halves_the_batch_until_it_fits(lengths, budget, more):
 def test_later_batches_stay_at_the_size_that_fitted():
     lengths = [10] * 64
     forward, tried = memory(lengths, 90)
-    list(run_in_batches(lengths, 640, forward))
+    budget = Budget(640)
+    list(run_in_batches(lengths, budget, forward))
     assert tried == [640, 320, 160, *[80] * 8]
+    list(run_in_batches(lengths, budget, forward))  # the next shard
+    assert tried[11:] == [80] * 8
 
 
 def test_rows_are_halved_down_to_one():
     lengths = [10] * 8
     forward, tried = memory(lengths, 10)
-    list(run_in_batches(lengths, 80, forward))
+    list(run_in_batches(lengths, Budget(80), forward))
     assert tried == [80, 40, 20, *[10] * 8]
 
 
@@ -76,7 +79,7 @@ def test_rows_are_halved_down_to_one():
 def test_a_single_row_that_does_not_fit_is_named_by_its_length(error):
     forward, tried = memory([4096, 10], 100, error)
     with pytest.raises(BackboneError) as caught:
-        list(run_in_batches([4096, 10], 8192, forward))
+        list(run_in_batches([4096, 10], Budget(8192), forward))
     assert str(caught.value) == (
         "out of memory on a single row of 4,096 tokens; use --max-length with --truncate, a smaller --compute-dtype, "
         "or a device with more memory"
@@ -87,5 +90,5 @@ def test_a_single_row_that_does_not_fit_is_named_by_its_length(error):
 def test_any_other_error_is_passed_on_at_once():
     forward, tried = memory([5] * 8, 10, RuntimeError("shapes differ"))
     with pytest.raises(RuntimeError, match="shapes differ"):
-        list(run_in_batches([5] * 8, 40, forward))
+        list(run_in_batches([5] * 8, Budget(40), forward))
     assert len(tried) == 1

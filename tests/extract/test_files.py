@@ -85,7 +85,7 @@ def test_a_folder_without_weights_is_refused(own):
     (own / "model.safetensors").unlink()
     with pytest.raises(BackboneError) as caught:
         find(own).hashes()
-    assert str(caught.value) == f"{own} holds no weights: expected *.safetensors or pytorch_model*.bin"
+    assert str(caught.value) == f"{own} holds no weights: expected model*.safetensors or pytorch_model*.bin"
     (own / "small.gguf").write_bytes(b"GGUF")
     with pytest.raises(BackboneError, match=r"pytorch_model\*\.bin, and for a GGUF name the file: small\.gguf$"):
         find(own).hashes()

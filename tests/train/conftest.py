@@ -22,7 +22,21 @@ def write_cache(
 ) -> Path:
     """A cache of random hidden states whose target is a linear function of the mean of some dimensions."""
     identity = Identity(
-        "m", None, "w", "c", "t", "{text}", False, 64, False, layers, hidden, "bfloat16", "float32", "5"
+        model="m",
+        revision=None,
+        weights="w",
+        config="c",
+        tokenizer="t",
+        prompt="{text}",
+        chat_template=False,
+        max_length=64,
+        truncate=False,
+        layers=layers,
+        hidden_size=hidden,
+        trust_remote_code=False,
+        dtype="bfloat16",
+        compute_dtype="float32",
+        transformers="5",
     )
     writer = CacheWriter(folder, identity=identity, label_range=(0.0, 5.0), task=None, made_by={})
     for number, (name, size) in enumerate((sizes or SIZES).items()):

@@ -100,7 +100,9 @@ def test_an_interrupted_grid_goes_on_with_the_missing_cells_only(cache, tmp_path
 
 def test_a_folder_of_another_training_is_refused(cache, tmp_path):
     train_heads(cache, tmp_path / "r", TrainSettings(depths=(1,), **SMALL))
-    with pytest.raises(RunError, match=r"holds runs of another training: relish-L1-seed0 has lr None, this one 0.01\."):
+    with pytest.raises(
+        RunError, match=r"holds runs of another training: relish-L1-seed0 has lr 0.0003, this one 0.01\."
+    ):
         train_heads(cache, tmp_path / "r", TrainSettings(depths=(2,), **SMALL, lr=0.01))
     other = write_cache(tmp_path / "other", sizes={"train": 40, "dev": 10})
     with pytest.raises(RunError, match="has train_rows 96, this one 40"):
@@ -109,6 +111,35 @@ def test_a_folder_of_another_training_is_refused(cache, tmp_path):
     (tmp_path / "papers/thesis.tex").touch()
     with pytest.raises(RunError, match="papers holds other files and no runs; choose a new or empty folder"):
         train_heads(cache, tmp_path / "papers", TrainSettings(**SMALL))
+
+
+def test_another_validation_split_is_refused(tmp_path):
+    cache = write_cache(tmp_path / "c", sizes={"train": 40, "dev": 10})
+    train_heads(cache, tmp_path / "r", TrainSettings(depths=(1,), **SMALL))
+    write_cache(cache, sizes={"train": 40, "dev": 10, "validation": 12})
+    with pytest.raises(RunError, match="has val_split 'dev', this one 'validation'"):
+        train_heads(cache, tmp_path / "r", TrainSettings(depths=(2,), **SMALL))
+
+
+def test_ridge_is_one_cell_whatever_the_seeds(cache, tmp_path):
+    train_heads(cache, tmp_path / "r", TrainSettings(heads=("ridge",), **SMALL))
+    train_heads(cache, tmp_path / "r", TrainSettings(heads=("ridge",), **{**SMALL, "seeds": (3,)}))
+    assert [path.name for path in (tmp_path / "r").iterdir()] == ["ridge-L0-seed0"]
+
+
+def test_history_is_a_line_of_json_per_epoch_and_nothing_for_ridge(cache, tmp_path):
+    train_heads(cache, tmp_path / "r", TrainSettings(heads=("ridge", "linear"), **SMALL))
+    assert (tmp_path / "r/ridge-L0-seed0/history.jsonl").read_text() == ""
+    lines = (tmp_path / "r/linear-L0-seed0/history.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
+
+
+def test_a_damaged_run_is_named_and_not_taken_for_another_folder(cache, tmp_path):
+    train_heads(cache, tmp_path / "r", TrainSettings(depths=(1,), **SMALL))
+    config = tmp_path / "r/relish-L1-seed0/config.json"
+    config.write_text(config.read_text()[:-40])
+    with pytest.raises(RunError, match="config.json cannot be read .*; restore it from a copy, or train again"):
+        train_heads(cache, tmp_path / "r", TrainSettings(depths=(2,), **SMALL))
 
 
 def test_a_cell_that_diverges_is_marked_and_the_others_go_on(tmp_path):

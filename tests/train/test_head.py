@@ -136,11 +136,11 @@ def test_projecting_the_real_tokens_only_is_projecting_all_in_values_and_gradien
     torch.manual_seed(0)
     head = RelishHead(hidden_size=16, depth=1).double()
     hidden, mask = a_batch(16, torch.float64)
+    hidden[~mask] = float("nan")
     gradients = []
     for real_only in (True, False):
         tokens = head._project(hidden, mask, real_only=real_only)
-        gradients.append(
-            (tokens, *torch.autograd.grad(tokens.square().sum(), list(head.input_projection.parameters())))
-        )
+        weights = list(head.input_projection.parameters())
+        gradients.append((tokens[mask], *torch.autograd.grad(tokens[mask].square().sum(), weights)))
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)

@@ -19,8 +19,10 @@ def test_closed_form_equals_scikit_learn_at_every_penalty(rows, width):
         np.testing.assert_allclose(x @ weights + intercept, expected, rtol=0, atol=2e-3)
 
 
-def test_a_constant_feature_does_no_harm():
-    x = np.column_stack([np.arange(10.0), np.full(10, 3.0)])
+@pytest.mark.parametrize("constant", [3.0, 0.1, 1234.5, 0.0])
+def test_a_constant_feature_does_no_harm(constant):
+    x = np.column_stack([np.arange(10.0), np.full(10, constant)])
     sums = Moments.of([(x, 2 * x[:, 0])], 2)
     weights, intercept = solve_ridge(sums, (1e-9,))[0]
     np.testing.assert_allclose(x @ weights + intercept, 2 * x[:, 0], atol=1e-6)
+    assert abs(weights[1]) < 1e-6

@@ -63,7 +63,7 @@ def test_configs_that_are_damaged_or_of_another_version_are_refused(run):
     with pytest.raises(RunError, match="has format version 9, and this relish reads version 1"):
         load_run(run)
     path.write_text(json.dumps({name: value for name, value in config.items() if name != "layer"}))
-    with pytest.raises(RunError, match="is damaged: config.json lacks 'layer'"):
+    with pytest.raises(RunError, match="is damaged: its config.json lacks 'layer'"):
         load_run(run)
     path.write_text("{")
     with pytest.raises(RunError, match="cannot be read"):

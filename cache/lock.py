@@ -1,0 +1,44 @@
+"""One writer at a time: a lock on a folder, which the system gives back when the process ends, however it ends."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import RelishError
+
+LOCK = ".lock"
+
+
+@contextmanager
+def lock_folder(folder: Path, error: type[RelishError]) -> Iterator[None]:
+    """Hold a folder's lock; the folder is made if it is not there.
+
+    Where the file system has no locks, as some network file systems, the block runs without one.
+
+    Raises:
+        RelishError: of the type `error`, if another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            _lock(descriptor)
+        except (BlockingIOError, PermissionError):
+            raise error(f"another process is writing into {folder}; wait until it is done, or stop it") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> None:
+    if os.name == "nt":
+        import msvcrt
+
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # pyright: ignore[reportAttributeAccessIssue]
+    else:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -150,6 +150,7 @@ class _Bar:
             TimeRemainingColumn(),
             console=self._console,
             transient=True,
+            disable=not self._console.is_terminal,  # on a pipe it would leave blank lines
         )
 
     def __enter__(self) -> "_Bar":

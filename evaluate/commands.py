@@ -128,7 +128,10 @@ def demo(
     console = Console(stderr=True)
     with ExtractBar() as bar, LiveTable() as table:
         results = run_demo(
-            folder, say=lambda text: console.print(text, markup=False, highlight=False), progress=bar, listener=table
+            folder,
+            say=lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True),
+            progress=bar,
+            listener=table,
         )
     print_table(results, Console())
     typer.echo(f"report: {folder / 'report' / 'report.html'}")

@@ -42,7 +42,10 @@ def run_demo(
     data = _write_splits(folder / "data", rated_tweets())
     cache, runs, report = (quote(str(folder / name)) for name in ("cache", "runs", "report"))
     files = " ".join(f"--data {quote(f'{split}={path}')}" for split, path in data.items())
-    say(f'$ relish extract {cache} --model {quote(str(model))} {files} --prompt "…" --label-range=-4,4 --layers 0.5')
+    say(
+        f"$ relish extract {cache} --model {quote(str(model))} {files} --prompt {quote(PROMPT)} --label-range=-4,4 "
+        "--layers 0.5"
+    )
     settings = ExtractSettings(model=model, data=data, prompt=PROMPT, label_range=(-4.0, 4.0), layers=(0.5,))
     extract_cache(folder / "cache", settings, progress=progress)
     say(f"$ relish train {cache} --out {runs} --head ridge,linear,mlp,relish --depths 1-3 --seeds 0-1")

@@ -114,7 +114,7 @@ def predict(
 def demo(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to work.")] = Path("relish-demo"),
 ) -> None:
-    """Run the whole pipeline on SmolLM2-135M-Instruct and 3,300 tweets that people rated; no hub needed.
+    """Run the whole pipeline on SmolLM2-135M-Instruct and 2,600 tweets that people rated; no hub needed.
 
     Example: relish demo
     """

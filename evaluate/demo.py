@@ -16,7 +16,7 @@ from .assets import rated_tweets, smollm2
 from .results import evaluate_runs
 from .summary import Results
 
-SPLITS = {"train": 2400, "dev": 300, "test": 600}
+SPLITS = {"train": 1800, "dev": 300, "test": 500}
 """Tweets in each split."""
 PROMPT = "How positive or negative is this tweet, from -4 to 4?\nTweet: {text}\nRating:"
 

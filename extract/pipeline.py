@@ -12,8 +12,7 @@ import numpy as np
 from ..cache.errors import DataError
 from ..cache.identity import Identity
 from ..cache.info import padding_overhead
-from ..cache.manifest import MANIFEST, load_manifest
-from ..cache.writer import CacheWriter, SplitRows, SplitWriter
+from ..cache.writer import CacheWriter, SplitRows, SplitWriter, manifest_to_resume
 from .backbone import Backbone
 from .batches import Budget, run_in_batches
 from .files import find_backbone
@@ -70,9 +69,9 @@ def extract_cache(cache: str | Path, settings: ExtractSettings, *, progress: Pro
     """
     folder = Path(cache).resolve()
     note = progress.note if progress is not None else _ignore
-    known_range = load_manifest(folder).label_range if (folder / MANIFEST).exists() else None
+    known = manifest_to_resume(folder)
     data = load_texts(
-        settings, known_range
+        settings, known.label_range if known is not None else None
     )  # first: a hub model is gigabytes to fetch, a wrong column is not worth that
     files = find_backbone(settings.model, gguf_file=settings.gguf_file, revision=settings.revision)
     if data.range_was_taken:

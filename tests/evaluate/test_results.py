@@ -3,6 +3,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -74,9 +75,8 @@ def test_a_cache_of_another_hidden_size_is_refused(runs, tmp_path):
 
 def test_a_cache_of_another_identity_is_refused(runs, tmp_path):
     other = write_cache(tmp_path / "other")
-    manifest = json.loads((other / "manifest.json").read_text())
-    manifest["identity"]["prompt"] = "Rate: {text}"
-    (other / "manifest.json").write_text(json.dumps(manifest))
+    manifest = open_cache(other).manifest
+    replace(manifest, identity=replace(manifest.identity, prompt="Rate: {text}")).save(other)
     with pytest.raises(CacheError, match=r"prompt is '\{text\}' there and 'Rate: \{text\}' here"):
         evaluate_runs(runs, cache=other)
 

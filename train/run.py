@@ -165,7 +165,7 @@ def find_runs(runs: str | Path) -> list[Run]:
         lost = len(find_diverged(runs))
         raise RunError(
             f"there is no trained head in {runs}"
-            + (f", all {lost} cells diverged" if lost else "")
+            + (f", only {lost} that diverged" if lost else "")
             + f"; make some with: relish train CACHE --out {runs}"
             + (" --lr X, X lower than before" if lost else "")
         )

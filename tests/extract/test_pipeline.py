@@ -237,7 +237,9 @@ def test_a_shard_that_fails_leaves_the_cache_as_it_was(extract, tmp_path, monkey
         pipeline, "_forward", lambda backbone, tokens, batch: backbone.hidden_states([tokens[i] for i in batch]) / 0
     )
     found = message(lambda: extract(tmp_path / "c"), DataError)
-    assert found.startswith("the backbone gave NaN or infinity for row ")
+    assert found.startswith("row ")
+    assert " of train (id '0-" in found
+    assert ") has NaN or infinity in its hidden states; nothing of its shard was kept. " in found
     assert [path.name for path in (tmp_path / "c").iterdir()] == [".lock"]
 
 

@@ -90,11 +90,7 @@ def train(
     from .live import LiveTable
 
     with LiveTable() as table:
-        try:
-            result = train_heads(cache, out, settings, listener=table)
-        except KeyboardInterrupt:
-            typer.echo("interrupted; run the same command again to go on: finished cells are kept", err=True)
-            raise typer.Exit(130) from None
+        result = train_heads(cache, out, settings, listener=table)
     if as_json:
         cells = [
             {"head": cell.head, "depth": cell.depth, "seed": cell.seed, **metrics}

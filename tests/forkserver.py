@@ -2,7 +2,7 @@
 everything: a fresh interpreter would take seconds every time. It reads one JSON request a line and answers with one.
 
 {"start": [argv], "kill_before": n, "pause": seconds, "cwd": path} forks and answers {"pid"}. The child is killed right
-before the n-th step of a commit; each forward pass takes `pause` seconds longer.
+before the n-th step of a commit; each forward pass takes `pause` seconds longer; os lacks the function `without`.
 {"wait": pid} answers {"code", "stdout", "stderr"}; code is negative after a signal, as in subprocess.
 """
 
@@ -65,6 +65,8 @@ def child(request, out, err) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     if "cwd" in request:
         os.chdir(request["cwd"])
+    if request.get("without"):
+        delattr(os, request["without"])
     if request.get("kill_before"):
         count_steps(request["kill_before"])
     if request.get("pause"):

@@ -1,5 +1,9 @@
 """The command `relish`: the four stages' commands in one place."""
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -12,10 +16,34 @@ from .extract.commands import register as register_extract
 from .train.commands import register as register_train
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which a job scheduler sends: it unwinds everything just as Ctrl-C does."""
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+
+    def stop(*_: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with _sigterm_raises():
+                return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            typer.echo("interrupted; what is finished is kept: run the same command again to go on", err=True)
+            raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
         except RelishError as error:
             typer.echo(f"error: {error}", err=True)
         except BrokenPipeError:

@@ -1,4 +1,4 @@
-"""`relish cache info | verify | merge`."""
+"""`relish cache info | verify | repair | merge`."""
 
 import json
 from pathlib import Path
@@ -84,6 +84,36 @@ def verify(
         typer.echo("\n".join(found) or f"{cache}: {len(records)} shards, every byte as it was written")
     if found:
         raise typer.Exit(1)
+
+
+@app.command()
+def repair(
+    cache: CachePath,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Drop bad or missing shards from a cache's manifest, so that extracting again computes only those.
+
+    A damaged or deleted manifest.json is brought back from its copy. Nothing that is whole is touched.
+
+    Example: relish cache repair my-cache
+    """
+    from .repair import repair_cache
+
+    with _bytes_bar() as bar:
+        task = bar.add_task("repair", total=None)
+        done = repair_cache(cache, lambda count, total: bar.update(task, advance=count, total=total))
+    if as_json:
+        figures = {"found": done.found, "dropped": [shard.file for shard in done.dropped], "pending": done.pending}
+        typer.echo(json.dumps(figures, indent=2))
+        return
+    for sentence in done.found:
+        typer.echo(sentence.partition("; restore it from a copy, or run:")[0])
+    if done.dropped:
+        typer.echo(f"dropped: {', '.join(shard.file for shard in done.dropped)}")
+    if done.pending:
+        typer.echo(f"next: run the same relish extract command again; it computes {done.pending} shards")
+    elif not done.found:
+        typer.echo(f"{cache}: nothing to repair")
 
 
 @app.command()

@@ -7,8 +7,12 @@ the same.
 import json
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from .errors import CacheError
 
 _POSITIONED = hasattr(os, "preadv") and hasattr(os, "pwrite")
 _seek_lock = threading.Lock()  # without preadv, two threads on one descriptor would move each other's position
@@ -61,6 +65,22 @@ def allocate(descriptor: int, size: int) -> None:
         os.truncate(descriptor, size)
 
 
+@contextmanager
+def writing_cache(path: Path) -> Iterator[None]:
+    """Turn an error of the file system while a cache's file is written into one that says how to go on.
+
+    Raises:
+        CacheError: naming the file.
+    """
+    try:
+        yield
+    except OSError as reason:
+        raise CacheError(
+            f"{path} cannot be written ({reason.strerror or reason}); finished shards are kept: free space or give "
+            "permission, whichever is missing, and run the same command again"
+        ) from reason
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable; does nothing on Windows, where a folder cannot be opened."""
     if os.name == "nt":
@@ -86,11 +106,16 @@ def temporary_name(final: Path) -> Path:
 def write_text_durably(final: Path, text: str) -> None:
     """Write a small text file so that a reader finds either the old content or the new, whole, at any moment."""
     temporary = temporary_name(final)
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    replace_durably(temporary, final)
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        replace_durably(temporary, final)
+    except BaseException:
+        with suppress(OSError):  # the first error is the one to tell
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_json_durably(final: Path, value: Any) -> None:

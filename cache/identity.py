@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from .dtypes import STORAGE_DTYPES
 from .errors import CacheError
 
 
@@ -47,12 +48,21 @@ class Identity:
 
         Raises:
             CacheError: if a field is missing or unknown.
+            ValueError: if one is not of its type.
         """
         known = {field.name for field in fields(cls)}
         if set(value) != known:
             raise CacheError(
                 f"the cache's identity has other fields than this version of relish knows: {sorted(set(value) ^ known)}"
             )
+        for field in fields(cls):
+            given, kind = value[field.name], field.type
+            if field.name == "layers":
+                good = bool(given) and all(type(layer) is int for layer in given)
+            else:
+                good = isinstance(given, kind) and (kind is not int or (type(given) is int and given > 0))  # pyright: ignore[reportArgumentType]
+            if not good or (field.name == "dtype" and given not in STORAGE_DTYPES):
+                raise ValueError(f"identity.{field.name} is {given!r}")
         return cls(**{**value, "layers": tuple(value["layers"])})
 
     def to_json(self) -> dict[str, Any]:

@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CacheError
-from .fileio import write_json_durably
+from .fileio import write_text_durably, writing_cache
 from .identity import Identity
-from .jsonfile import read_versioned
+from .jsonfile import read_versioned, sealed_text
 
 FORMAT = "relish cache"
 VERSION = 1
 MANIFEST = "manifest.json"
+COPY = "manifest.copy.json"
+"""Written right before the manifest itself, with the same content: what `relish cache repair` restores."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,30 @@ class ShardRecord:
     sha256: str
     """Over all other bytes, which hold a CRC-32 of every row's hidden states."""
 
+    @property
+    def number(self) -> int:
+        """Which of the split's planned shards it is."""
+        return int(self.file.removesuffix(".h5").rpartition("-")[2])
+
+
+@dataclass(frozen=True)
+class SkippedRow:
+    """A row that was left out, since its hidden states could not be stored."""
+
+    row: int
+    """Position in the input file."""
+    id: str
+    shard: int
+    """Number of the shard it would be in; a shard without any other row has no file."""
+    why: str
+
 
 @dataclass(frozen=True)
 class SplitRecord:
     """One split: what rows it is made of and which of its shards are complete."""
 
     rows: int
+    """Rows of the input, those that were skipped included."""
     tokens: int
     longest: int
     """Tokens of the longest row."""
@@ -46,12 +66,20 @@ class SplitRecord:
     """Shards the split will have."""
     fingerprint: str
     """sha256 over the ordered ids, texts, targets and tokens."""
+    skipped: tuple[SkippedRow, ...] = ()
+    """In the order of their shards."""
     shards: tuple[ShardRecord, ...] = ()
+    """In the order of their numbers; a number may be missing until it is extracted (again)."""
+
+    @property
+    def done(self) -> frozenset[int]:
+        """Numbers of the planned shards that need no work any more."""
+        return frozenset([shard.number for shard in self.shards] + [skipped.shard for skipped in self.skipped])
 
     @property
     def complete(self) -> bool:
         """Whether every shard is there."""
-        return len(self.shards) == self.planned
+        return len(self.done) == self.planned
 
 
 @dataclass(frozen=True)
@@ -67,13 +95,12 @@ class Manifest:
     splits: dict[str, SplitRecord] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
-        """Write manifest.json so that a reader finds the old or the new one, whole."""
-        splits = {
-            name: {**asdict(split), "shards": [asdict(shard) for shard in split.shards]}
-            for name, split in self.splits.items()
-        }
-        write_json_durably(
-            folder / MANIFEST,
+        """Write manifest.json, after a copy of it, so that a reader finds the old or the new one, whole.
+
+        Raises:
+            CacheError: if it cannot be written; the old one is then still there.
+        """
+        text = sealed_text(
             {
                 "format": FORMAT,
                 "version": VERSION,
@@ -81,41 +108,47 @@ class Manifest:
                 "label_range": list(self.label_range),
                 "task": self.task,
                 "made_by": self.made_by,
-                "splits": splits,
-            },
+                "splits": {name: asdict(split) for name, split in self.splits.items()},
+            }
         )
+        for name in (COPY, MANIFEST):
+            with writing_cache(folder / name):
+                write_text_durably(folder / name, text)
 
 
-def load_manifest(folder: Path) -> Manifest:
-    """Read a cache's manifest.
+def load_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
+    """Read a cache's manifest, or the copy of it.
 
     Raises:
         CacheError: if there is none, it is damaged, or another version wrote it.
     """
-    path = folder / MANIFEST
+    path = folder / name
     if folder.is_file():
         raise CacheError(f"{folder} is a file, and a cache is a folder")
+    mend = f"run: relish cache repair {folder}" if name == MANIFEST else "restore it from a copy, or extract again"
     try:
-        value = read_versioned(path, format=FORMAT, version=VERSION, again="extract again", error=CacheError)
+        value = read_versioned(
+            path, format=FORMAT, version=VERSION, again="extract again", error=CacheError, sealed=True, mend=mend
+        )
     except FileNotFoundError:
+        if name == MANIFEST and (folder / COPY).exists():
+            raise CacheError(f"the cache {folder} has lost its {MANIFEST}; {mend}") from None
         raise CacheError(
-            f"{folder} is not a relish cache: it has no {MANIFEST}. Make one with: relish extract {folder} …"
+            f"{folder} is not a relish cache: it has no {name}. Make one with: relish extract {folder} …"
         ) from None
     try:
+        low, high = value["label_range"]
+        if not all(isinstance(text, str) for text in value["made_by"].values()):
+            raise ValueError("made_by")
         return Manifest(
             identity=Identity.from_json(value["identity"]),
-            label_range=(float(value["label_range"][0]), float(value["label_range"][1])),
+            label_range=(float(low), float(high)),
             task=value["task"],
             made_by=dict(value["made_by"]),
-            splits={
-                check_split_name(name): SplitRecord(
-                    **{**split, "shards": tuple(_shard_record(shard) for shard in split["shards"])}
-                )
-                for name, split in value["splits"].items()
-            },
+            splits={check_split_name(name): _split_record(name, split) for name, split in value["splits"].items()},
         )
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise CacheError(f"{path} is damaged ({error!r}); restore it from a copy, or extract again") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CacheError(f"{path} is damaged ({error!r}); {mend}") from None
 
 
 def check_split_name(name: str) -> str:
@@ -129,11 +162,26 @@ def check_split_name(name: str) -> str:
     return name
 
 
-def _shard_record(value: dict[str, Any]) -> ShardRecord:
-    record = ShardRecord(**value)
-    numbers = (record.rows, record.bytes, record.tokens, record.T, record.offset)
-    if not all(isinstance(number, int) and number >= 0 for number in numbers):
-        raise ValueError(f"shard {record.file}: {numbers}")
-    if Path(record.file).name != record.file or not isinstance(record.sha256, str):
-        raise ValueError(f"shard {record.file!r}")
+def shard_file(split: str, number: int) -> str:
+    """The name of a shard's file."""
+    return f"{split}-{number:05d}.h5"
+
+
+def _split_record(name: str, value: dict[str, Any]) -> SplitRecord:
+    shards = tuple(_checked(ShardRecord(**shard)) for shard in value["shards"])
+    skipped = tuple(_checked(SkippedRow(**row)) for row in value["skipped"])
+    record = _checked(SplitRecord(**{**value, "shards": shards, "skipped": skipped}))
+    numbers = [shard.number for shard in shards]
+    if [shard.file for shard in shards] != [shard_file(name, number) for number in sorted(set(numbers))]:
+        raise ValueError(f"the names of the shards of {name}")
+    if not all(0 <= number < record.planned for number in record.done):
+        raise ValueError(f"the numbers of the shards of {name}")
+    return record
+
+
+def _checked(record: Any) -> Any:
+    for name, kind in type(record).__annotations__.items():
+        value = getattr(record, name)
+        if kind in (int, str) and (type(value) is not kind or (kind is int and value < 0)):
+            raise ValueError(f"{type(record).__name__}.{name} is {value!r}")
     return record

@@ -11,6 +11,7 @@ from .fileio import replace_durably, temporary_name
 from .identity import Identity, refuse_differences
 from .manifest import ShardRecord
 from .reader import open_cache
+from .shard import way_out
 from .verify import verify_shard
 
 
@@ -49,7 +50,7 @@ def merge_caches(out: Path, caches: list[Path], progress: Callable[[int, int], N
                     f"the split {name!r} is in {have[0]} and in {cache.folder}, made from different rows; "
                     "extract one of them under another split name"
                 )
-            if have is None or len(split.shards) > len(have[1].shards):
+            if have is None or len(split.done) > len(have[1].done):
                 chosen[name] = (cache.folder, split)
     out.mkdir(parents=True, exist_ok=True)
     made: list[Path] = []
@@ -71,7 +72,7 @@ def merge_caches(out: Path, caches: list[Path], progress: Callable[[int, int], N
 def _copy_shard(source: Path, out: Path, record: ShardRecord, identity: Identity) -> None:
     path, copy = source / record.file, out / record.file
     if not path.is_file():
-        raise CacheError(f"nothing was merged: the shard {path} is missing; restore it from a copy")
+        raise CacheError(f"nothing was merged: the shard {path} is missing; {way_out(source)}")
     temporary = temporary_name(copy)
     shutil.copyfile(path, temporary)
     with temporary.open("rb+") as file:

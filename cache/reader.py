@@ -15,7 +15,7 @@ from .errors import CacheError
 from .fileio import open_read, read_into
 from .identity import Identity
 from .manifest import Manifest, ShardRecord, load_manifest
-from .shard import HiddenLayout, read_index
+from .shard import HiddenLayout, read_index, way_out
 
 if TYPE_CHECKING:
     import torch
@@ -82,9 +82,11 @@ class FeatureCache:
             )
         if not record.complete:
             raise CacheError(
-                f"the split {name!r} of the cache {self.folder} is not finished ({len(record.shards)} of "
+                f"the split {name!r} of the cache {self.folder} is not finished ({len(record.done)} of "
                 f"{record.planned} shards); run the same relish extract command again to go on"
             )
+        if not record.shards:
+            raise CacheError(f"the split {name!r} of the cache {self.folder} is empty: every row of it was skipped")
         return Split(self, name, record.shards, self.layer_position(layer))
 
     def layer_position(self, layer: int | None) -> int:
@@ -187,7 +189,7 @@ class Split:
         if crc != self._checksum[row]:
             raise CacheError(
                 f"the shard {self.cache.folder / record.file} is damaged: the hidden states of row {self.row[row]} "
-                f"(id {self.ids[row]!r}) are not the ones that were written; restore it from a copy, or extract again"
+                f"(id {self.ids[row]!r}) are not the ones that were written; {way_out(self.cache.folder)}"
             )
         self._checked[row] = True
 
@@ -196,9 +198,11 @@ class Split:
         try:
             count = read_into(self._file(shard), place, self._shards[shard].offset + offset)
         except OSError as error:
-            raise CacheError(f"the shard {path} cannot be read ({error.strerror}); restore it from a copy") from None
+            raise CacheError(
+                f"the shard {path} cannot be read ({error.strerror}); {way_out(self.cache.folder)}"
+            ) from None
         if count != len(place):
-            raise CacheError(f"the shard {path} ends too early; restore it from a copy, or extract again")
+            raise CacheError(f"the shard {path} ends too early; {way_out(self.cache.folder)}")
 
     def _file(self, shard: int) -> int:
         if shard in self._files:
@@ -210,7 +214,9 @@ class Split:
         try:
             self._files[shard] = open_read(path)
         except OSError as error:
-            raise CacheError(f"the shard {path} cannot be opened ({error.strerror}); restore it from a copy") from None
+            raise CacheError(
+                f"the shard {path} cannot be opened ({error.strerror}); {way_out(self.cache.folder)}"
+            ) from None
         return self._files[shard]
 
 

@@ -1,8 +1,10 @@
 """One shard: an HDF5 file with the hidden states of some rows. README.md in this folder gives its bytes."""
 
 import hashlib
+import io
 import os
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +13,7 @@ import numpy as np
 
 from .dtypes import StorageDtype
 from .errors import CacheError
-from .fileio import allocate, open_read, read_into, replace_durably, temporary_name, write_at
+from .fileio import allocate, open_read, read_into, replace_durably, temporary_name, write_at, writing_cache
 from .manifest import ShardRecord
 
 if TYPE_CHECKING:
@@ -69,8 +71,8 @@ class HiddenLayout:
 class ShardWriter:
     """Writes one shard under a temporary name; `commit` gives it its own.
 
-    HDF5 only lays the file out. The bytes go in afterwards, directly: through HDF5 a killed process would leave a shard
-    that opens and reads zeros, and a full disk would crash the interpreter at exit.
+    HDF5 only lays the file out, in memory. The bytes are written directly: through HDF5 a killed process would leave a
+    shard that opens and reads zeros, and a full disk would crash the interpreter at exit.
     """
 
     def __init__(
@@ -84,21 +86,29 @@ class ShardWriter:
         target: np.ndarray,
         row: np.ndarray,
         ids: list[str],
+        temporary: Path | None = None,
     ) -> None:
         self._final = final
-        self._temporary = temporary_name(final)
+        self._temporary = temporary or temporary_name(final)
+        self._rows = (input_ids, target, row, ids)
+        self.skipped: dict[int, str] = {}
+        """Positions of the rows to leave out, and why."""
         self._lengths = np.array([len(tokens) for tokens in input_ids], dtype=np.int64)
         self.layout = HiddenLayout(layers, int(self._lengths.max()), width, dtype)
         self._checksum = np.zeros(len(input_ids), dtype="<u4")
         self._descriptor: int | None = None
+        columns, places, frame = _lay_out(self.layout, input_ids, target, row, ids)
+        self._hidden = places.pop("hidden")
+        self._checksum_place = places.pop("checksum")
         try:
-            columns, places, size = _lay_out(self._temporary, self.layout, input_ids, target, row, ids)
-            self._hidden = places.pop("hidden")
-            self._checksum_place = places.pop("checksum")
-            self._descriptor = os.open(self._temporary, os.O_RDWR | getattr(os, "O_BINARY", 0))
-            allocate(self._descriptor, size)
-            for name, place in places.items():
-                write_at(self._descriptor, columns[name].data.cast("B"), place)
+            with writing_cache(final):
+                flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
+                self._descriptor = os.open(self._temporary, flags, 0o666)
+                allocate(self._descriptor, frame.size)
+                for place, piece in frame.pieces.items():
+                    write_at(self._descriptor, memoryview(piece), place)
+                for name, place in places.items():
+                    write_at(self._descriptor, columns[name].data.cast("B"), place)
         except BaseException:
             self.abandon()
             raise
@@ -116,21 +126,29 @@ class ShardWriter:
         crc = 0
         for layer, values in enumerate(states):
             data = values.contiguous().view(torch.uint8).numpy().data.cast("B")
-            write_at(self._descriptor, data, self._hidden + self.layout.place(position, layer))
+            with writing_cache(self._final):
+                write_at(self._descriptor, data, self._hidden + self.layout.place(position, layer))
             crc = zlib.crc32(data, crc)
         self._checksum[position] = crc
 
-    def commit(self) -> ShardRecord:
-        """Make the shard durable under its own name, and return its record for the manifest."""
+    def skip(self, position: int, why: str) -> None:
+        """Leave one row out: the shard will be the one that there were without it."""
+        self.skipped[position] = why
+
+    def commit(self) -> ShardRecord | None:
+        """Make the shard durable under its own name, and return its record for the manifest; None if no row is left."""
         assert self._descriptor is not None
-        write_at(self._descriptor, self._checksum.data.cast("B"), self._checksum_place)
-        os.fsync(self._descriptor)
-        size = os.fstat(self._descriptor).st_size
+        if self.skipped:
+            return self._commit_the_others()
         rows = len(self._lengths)
-        digest = _hash_around(self._descriptor, size, self._hidden, rows * self.layout.row_bytes)
-        os.close(self._descriptor)
-        self._descriptor = None
-        replace_durably(self._temporary, self._final)
+        with writing_cache(self._final):
+            write_at(self._descriptor, self._checksum.data.cast("B"), self._checksum_place)
+            os.fsync(self._descriptor)
+            size = os.fstat(self._descriptor).st_size
+            digest = _hash_around(self._descriptor, size, self._hidden, rows * self.layout.row_bytes)
+            os.close(self._descriptor)
+            self._descriptor = None
+            replace_durably(self._temporary, self._final)
         return ShardRecord(
             file=self._final.name,
             rows=rows,
@@ -141,12 +159,49 @@ class ShardWriter:
             sha256=digest,
         )
 
+    def _commit_the_others(self) -> ShardRecord | None:
+        keep = [position for position in range(len(self._lengths)) if position not in self.skipped]
+        record = None
+        if keep:
+            input_ids, target, row, ids = self._rows
+            smaller = ShardWriter(
+                self._final,
+                layers=self.layout.layers,
+                width=self.layout.width,
+                dtype=self.layout.dtype,
+                input_ids=[input_ids[position] for position in keep],
+                target=target[keep],
+                row=row[keep],
+                ids=[ids[position] for position in keep],
+                temporary=temporary_name(self._temporary),
+            )
+            try:
+                for position, old in enumerate(keep):
+                    self._copy_row(old, smaller, position)
+                record = smaller.commit()
+            except BaseException:
+                smaller.abandon()
+                raise
+        self.abandon()
+        return record
+
+    def _copy_row(self, old: int, other: "ShardWriter", position: int) -> None:
+        assert self._descriptor is not None
+        assert other._descriptor is not None
+        data = memoryview(bytearray(int(self._lengths[old]) * self.layout.token_bytes))
+        with writing_cache(self._final):
+            for layer in range(self.layout.layers):
+                read_into(self._descriptor, data, self._hidden + self.layout.place(old, layer))
+                write_at(other._descriptor, data, other._hidden + other.layout.place(position, layer))
+        other._checksum[position] = self._checksum[old]
+
     def abandon(self) -> None:
         """Drop the temporary file."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
-        self._temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the first error is the one to tell; a run that goes on writes over the file
+            self._temporary.unlink(missing_ok=True)
 
 
 def read_index(folder: Path, record: ShardRecord, layout: HiddenLayout) -> RowIndex:
@@ -162,6 +217,12 @@ def read_index(folder: Path, record: ShardRecord, layout: HiddenLayout) -> RowIn
     try:
         with h5py.File(path, "r") as file:
             ids = _read(file, "id")
+            shape, hidden = (record.rows, layout.T), file["hidden"]
+            if file["mask"].shape != shape or (hidden.shape, hidden.id.get_offset()) != (
+                layout.shape(record.rows),
+                record.offset,
+            ):
+                raise ValueError("its shape is not that of the manifest")
             return RowIndex(
                 lengths=_read(file, "mask").sum(axis=1, dtype=np.int64),
                 input_ids=_read(file, "input_ids"),
@@ -171,7 +232,7 @@ def read_index(folder: Path, record: ShardRecord, layout: HiddenLayout) -> RowIn
                 checksum=_read(file, "checksum"),
             )
     except (OSError, KeyError, ValueError, RuntimeError) as error:
-        raise CacheError(f"{path} is not a shard this relish can read ({error}); {_way_out()}") from None
+        raise CacheError(f"{path} is not a shard this relish can read ({error}); {way_out(path.parent)}") from None
 
 
 def check_index(path: Path, record: ShardRecord, layout: HiddenLayout) -> None:
@@ -183,22 +244,25 @@ def check_index(path: Path, record: ShardRecord, layout: HiddenLayout) -> None:
     try:
         descriptor = open_read(path)
     except OSError as error:
-        raise CacheError(f"the shard {path} cannot be opened ({error.strerror}); {_way_out()}") from None
+        raise CacheError(f"the shard {path} cannot be opened ({error.strerror}); {way_out(path.parent)}") from None
     try:
         size = os.fstat(descriptor).st_size
         if size != record.bytes:
-            raise CacheError(f"the shard {path} has {size} bytes, {record.bytes} were written; {_way_out()}")
+            raise CacheError(f"the shard {path} has {size} bytes, {record.bytes} were written; {way_out(path.parent)}")
         digest = _hash_around(descriptor, size, record.offset, record.rows * layout.row_bytes)
     except OSError as error:
-        raise CacheError(f"the shard {path} cannot be read ({error.strerror}); {_way_out()}") from None
+        raise CacheError(f"the shard {path} cannot be read ({error.strerror}); {way_out(path.parent)}") from None
     finally:
         os.close(descriptor)
     if digest != record.sha256:
-        raise CacheError(f"the shard {path} is damaged outside its hidden states (its hash differs); {_way_out()}")
+        raise CacheError(
+            f"the shard {path} is damaged outside its hidden states (its hash differs); {way_out(path.parent)}"
+        )
 
 
-def _way_out() -> str:
-    return "restore it from a copy, or delete the cache and extract again"
+def way_out(folder: Path) -> str:
+    """What to do about a bad shard of a cache, to end a message."""
+    return f"restore it from a copy, or run: relish cache repair {folder}"
 
 
 def _read(file: Any, name: str) -> np.ndarray:
@@ -219,15 +283,37 @@ def _hash_around(descriptor: int, size: int, start: int, length: int) -> str:
     return digest.hexdigest()
 
 
+class _Frame(io.RawIOBase):
+    """Stands for the file while HDF5 lays it out: keeps the little that HDF5 writes, and where."""
+
+    def __init__(self) -> None:
+        self.pieces: dict[int, bytes] = {}
+        self.size = self._place = 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        self._place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self.size}[whence]
+        return self._place
+
+    def write(self, data: Any, /) -> int:
+        self.pieces.pop(self._place, None)  # so that pieces stay in the order they were written
+        self.pieces[self._place] = bytes(data)
+        self.seek(len(data), os.SEEK_CUR)
+        self.size = max(self.size, self._place)
+        return len(data)
+
+    def truncate(self, size: int | None = None, /) -> int:
+        self.size = self._place if size is None else size
+        return self.size
+
+
 def _lay_out(
-    path: Path,
     layout: HiddenLayout,
     input_ids: list[np.ndarray],
     target: np.ndarray,
     row: np.ndarray,
     ids: list[str],
-) -> tuple[dict[str, np.ndarray], dict[str, int], int]:
-    """Create the file with empty datasets; return the small columns, each dataset's place, and the file's size."""
+) -> tuple[dict[str, np.ndarray], dict[str, int], _Frame]:
+    """Lay the file out with empty datasets; return the small columns, each dataset's place, and what HDF5 wrote."""
     import h5py
     from h5py import h5d, h5p, h5s, h5t  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -265,9 +351,10 @@ def _lay_out(
     creation.set_fill_time(h5d.FILL_TIME_NEVER)
     creation.set_obj_track_times(False)  # a time stamp would make two equal shards differ
     places = {}
-    with h5py.File(path, "w", libver="v108") as file:
+    frame = _Frame()
+    with h5py.File(frame, "w", libver="v108", alignment_interval=8) as file:
         file.attrs["relish_cache"] = 1
         for name, shape, kind in types:
             dataset = h5d.create(file.id, name.encode(), kind, h5s.create_simple(shape), creation)
             places[name] = dataset.get_offset()
-    return columns, places, path.stat().st_size
+    return columns, places, frame

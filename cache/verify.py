@@ -8,9 +8,9 @@ from pathlib import Path
 from .dtypes import storage_dtype
 from .errors import CacheError
 from .fileio import open_read, read_into
-from .manifest import ShardRecord
+from .manifest import COPY, ShardRecord, load_manifest
 from .reader import FeatureCache
-from .shard import HiddenLayout, RowIndex, read_index
+from .shard import HiddenLayout, RowIndex, read_index, way_out
 
 
 def verify_cache(cache: FeatureCache, progress: Callable[[int], None] | None = None) -> list[str]:
@@ -24,6 +24,11 @@ def verify_cache(cache: FeatureCache, progress: Callable[[int], None] | None = N
         What is wrong, a sentence per shard or unfinished split; empty if all is well.
     """
     found = []
+    if (cache.folder / COPY).exists():
+        try:
+            load_manifest(cache.folder, COPY)
+        except CacheError as error:
+            found.append(str(error))
     identity = cache.identity
     for name, split in cache.manifest.splits.items():
         for record in split.shards:
@@ -34,7 +39,7 @@ def verify_cache(cache: FeatureCache, progress: Callable[[int], None] | None = N
                 progress(record.bytes)
         if not split.complete:
             found.append(
-                f"the split {name!r} is not finished ({len(split.shards)} of {split.planned} shards); "
+                f"the split {name!r} is not finished ({len(split.done)} of {split.planned} shards); "
                 "run the same relish extract command again to go on"
             )
     return found
@@ -50,7 +55,7 @@ def verify_shard(folder: Path, record: ShardRecord, *, layers: int, width: int, 
     try:
         wrong = _changed_rows(folder / record.file, record, layout, index)
     except OSError as error:
-        return [f"the shard {folder / record.file} cannot be read ({error.strerror}); restore it from a copy"]
+        return [f"the shard {folder / record.file} cannot be read ({error.strerror}); {way_out(folder)}"]
     return [f"the shard {folder / record.file} is damaged: {'; '.join(wrong[:5])}"] if wrong else []
 
 

@@ -11,7 +11,7 @@ from .dtypes import storage_dtype
 from .errors import CacheError
 from .identity import Identity, refuse_differences
 from .lock import lock_folder
-from .manifest import MANIFEST, Manifest, SplitRecord, check_split_name, load_manifest
+from .manifest import COPY, MANIFEST, Manifest, SkippedRow, SplitRecord, check_split_name, load_manifest, shard_file
 from .shard import ShardWriter
 
 OVERHEAD = 0.035
@@ -54,14 +54,21 @@ class CacheWriter:
             CacheError: if the folder holds a cache of another identity or label range, or files that are no cache.
         """
         self.folder = folder
-        if (folder / MANIFEST).exists():
-            self.manifest = load_manifest(folder)
+        self.noted: list[str] = []
+        """Differences that do not keep a cache from being continued, but that a person should hear of."""
+        known = manifest_to_resume(folder)
+        if known is not None:
+            self.manifest = known
             advice = "Extract into another folder, or use the same settings to go on."
             refuse_differences(self.manifest.identity, identity, what=f"the cache {folder}", advice=advice)
             if self.manifest.label_range != label_range:
                 raise CacheError(
                     f"the cache {folder} has the label range {self.manifest.label_range}, not {label_range}. {advice}"
                 )
+            for name, value in made_by.items():
+                before = self.manifest.made_by.get(name)
+                if before != value:
+                    self.noted.append(f"the cache was begun with {name} {before}, and this is {value}")
         else:
             if folder.exists() and not folder.is_dir():
                 raise CacheError(f"{folder} is a file; a cache is a folder. Choose another name")
@@ -77,9 +84,17 @@ class CacheWriter:
             CacheError: if another process is writing, or has written since this cache was opened.
         """
         with lock_folder(self.folder, CacheError):
-            if (self.folder / MANIFEST).exists() and load_manifest(self.folder) != self.manifest:
-                raise CacheError(f"the cache {self.folder} was changed by another process; run the command again")
+            if (self.folder / MANIFEST).exists():
+                if load_manifest(self.folder) != self.manifest:
+                    raise CacheError(f"the cache {self.folder} was changed by another process; run the command again")
+            elif self.manifest.splits:
+                self.manifest.save(self.folder)  # it was lost, or the process died after writing its copy
             yield
+
+    @property
+    def lost_manifest(self) -> bool:
+        """Whether manifest.json is missing and its copy stands in; `writing` puts it back."""
+        return bool(self.manifest.splits) and not (self.folder / MANIFEST).exists()
 
     def split(self, name: str, rows: SplitRows, *, shard_rows: int) -> "SplitWriter":
         """Begin or resume a split.
@@ -110,7 +125,8 @@ class CacheWriter:
                 "Give the file it was made from, or choose another split name or folder"
             )
         elif known.planned != len(shards) or any(
-            record.rows != len(shard) for record, shard in zip(known.shards, shards, strict=False)
+            record.rows + sum(row.shard == record.number for row in known.skipped) != len(shards[record.number])
+            for record in known.shards
         ):
             raise CacheError(
                 f"the split {name!r} of the cache {self.folder} was begun with another --shard-rows than {shard_rows}; "
@@ -131,9 +147,10 @@ class SplitWriter:
         self._shards = shards
         self.record = record
 
-    def pending(self) -> range:
-        """Numbers of the shards still to be written."""
-        return range(len(self.record.shards), len(self._shards))
+    def pending(self) -> list[int]:
+        """Numbers of the shards still to be written: those after the last, and any that were dropped since."""
+        done = self.record.done
+        return [number for number in range(len(self._shards)) if number not in done]
 
     def members(self, number: int) -> np.ndarray:
         """Row numbers of a shard, the row with most tokens first."""
@@ -141,12 +158,12 @@ class SplitWriter:
 
     @contextmanager
     def shard(self, number: int) -> Iterator[ShardWriter]:
-        """Write one shard, the next in turn; leaving the block commits it and lists it in the manifest."""
+        """Write one of the pending shards; leaving the block commits it and lists it in the manifest."""
         members, rows, identity = self._shards[number], self._rows, self._cache.manifest.identity
         folder = self._cache.folder
         folder.mkdir(parents=True, exist_ok=True)
         writer = ShardWriter(
-            folder / f"{self._name}-{number:05d}.h5",
+            folder / shard_file(self._name, number),
             layers=len(identity.layers),
             width=identity.hidden_size,
             dtype=storage_dtype(identity.dtype),
@@ -161,10 +178,32 @@ class SplitWriter:
         except BaseException:
             writer.abandon()
             raise
-        self.record = replace(self.record, shards=(*self.record.shards, record))
-        manifest = self._cache.manifest
-        self._cache.manifest = replace(manifest, splits={**manifest.splits, self._name: self.record})
-        self._cache.manifest.save(folder)
+        skipped = [
+            SkippedRow(row=int(members[position]), id=rows.ids[members[position]], shard=number, why=why)
+            for position, why in writer.skipped.items()
+        ]
+        split = replace(
+            self.record,
+            skipped=tuple(sorted([*self.record.skipped, *skipped], key=lambda row: (row.shard, row.row))),
+            shards=tuple(sorted([*self.record.shards, *([record] if record else [])], key=lambda shard: shard.number)),
+        )
+        manifest = replace(self._cache.manifest, splits={**self._cache.manifest.splits, self._name: split})
+        manifest.save(folder)
+        self._cache.manifest, self.record = manifest, split
+
+
+def manifest_to_resume(folder: Path) -> Manifest | None:
+    """The manifest of a cache to go on with, None if there is none yet.
+
+    The copy stands in for a manifest that is missing: a process may die between the two, or someone delete one.
+
+    Raises:
+        CacheError: if it is damaged, or another version wrote it.
+    """
+    for name in (MANIFEST, COPY):
+        if (folder / name).exists():
+            return load_manifest(folder, name)
+    return None
 
 
 def cut_into_shards(lengths: np.ndarray, shard_rows: int) -> list[np.ndarray]:

@@ -1,17 +1,56 @@
-"""Results as files for scripts: results.json, results.csv and predictions.csv."""
+"""Results as files for scripts: results.json, results.csv and predictions.csv; and how a report folder changes."""
 
 import csv
 import io
 import math
-from collections.abc import Mapping
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..cache.fileio import write_json_durably, write_text_durably
+from ..cache.errors import RunError
+from ..cache.fileio import sync_folder, write_json_durably, write_text_durably
+from ..cache.lock import lock_folder
 from ..train.metrics import METRICS
+from ..train.saving import writing
 from .summary import Results
+
+REPORT_FILES = ("results.json", "results.csv", "predictions.csv", "scatter.png", "depth.png", "report.html")
+_STAGE = ".report.tmp"
+
+
+@contextmanager
+def changing_report(folder: Path) -> Iterator[Path]:
+    """Give a hidden folder to write a report's files into; they move into `folder` once all are complete.
+
+    So a full disk or a killed process leaves the old report as it was, unless it is killed between two renames: then
+    some files are old and some new, each of them whole, and evaluating again puts that right.
+
+    Raises:
+        RunError: if another process is at it, or naming the folder, if it cannot be written.
+    """
+    kept = "what the folder held before is kept"
+    with writing(folder, kept), lock_folder(folder, RunError):
+        stage = folder / _STAGE
+        shutil.rmtree(stage, ignore_errors=True)
+        try:
+            stage.mkdir()
+            yield stage
+            for path in stage.iterdir():
+                with path.open("rb+") as file:
+                    os.fsync(file.fileno())
+            for name in REPORT_FILES:
+                if (stage / name).exists():
+                    (stage / name).replace(folder / name)
+                else:
+                    (folder / name).unlink(missing_ok=True)  # an old plot would show other results
+            sync_folder(folder)
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
 
 
 def results_json(results: Results) -> dict[str, Any]:
@@ -53,7 +92,11 @@ def _plain(value: Any) -> Any:
 
 
 def write_results(results: Results, folder: Path) -> None:
-    """Write results.json, results.csv (a line for each cell) and predictions.csv (for each cell and row)."""
+    """Write results.json, results.csv (a line for each cell) and predictions.csv (for each cell and row).
+
+    Ids may repeat, within a split and across splits; `row`, the position in the input file, tells such rows apart.
+    Cells that diverged in training have a line in results.csv and none in predictions.csv.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     write_json_durably(folder / "results.json", results_json(results))
 
@@ -66,6 +109,8 @@ def write_results(results: Results, folder: Path) -> None:
     lines = [["head", "depth", "seed", "id", "row", "target", "prediction"]]
     rows = list(zip(results.ids, results.row.tolist(), results.target.tolist(), strict=True))
     for cell, values in zip(results.cells, results.predictions.tolist(), strict=True):
+        if np.isnan(values).all():
+            continue
         name = (cell.head, cell.depth, cell.seed)
         lines += [[*name, *row, _csv_number(value)] for row, value in zip(rows, values, strict=True)]
     write_text_durably(folder / "predictions.csv", _csv(lines))

@@ -3,9 +3,10 @@
 import csv
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -16,11 +17,11 @@ from ..cache.identity import Identity
 from ..extract.backbone import Backbone
 from ..extract.batches import Budget, run_in_batches
 from ..extract.files import find_backbone
-from ..extract.pipeline import check_lengths
-from ..extract.rows import Columns, fill_row, resolve_columns
+from ..extract.rows import Columns, check_utf8, fill_row, resolve_columns
 from ..extract.tables import read_rows
 from ..extract.tasks import get_task
 from ..train.run import Run, load_head, load_run
+from ..train.saving import writing
 
 _CHUNK = 1024  # rows that are tokenised, sorted by length and scored together
 
@@ -43,7 +44,8 @@ def predict_scores(
 ) -> int:
     """Score the rows of a file; the scores are those `evaluate` would give the same rows.
 
-    Every row is checked before the backbone is loaded, and `out` appears only when it is complete.
+    Every row is checked before the backbone is loaded, and `out` appears only when it is complete: a row for each row
+    of the input, in its order. Ids may repeat.
 
     Args:
         run: a run folder.
@@ -64,7 +66,8 @@ def predict_scores(
         How many rows were scored.
 
     Raises:
-        RunError: if the run cannot be used, or backbone, prompt or layer are not those the head was trained on.
+        RunError: if the run cannot be used or was changed since it was saved, if `out` cannot be written, or if
+            backbone, prompt or layer are not those the head was trained on.
         DataError: naming the row, if one cannot be used.
         BackboneError: if the backbone cannot be run.
     """
@@ -119,9 +122,8 @@ def predict_scores(
         note(f"{data.name} has a column 'score'; the new one is called {added!r}")
     temporary = temporary_name(out)
     done = 0
-    out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
+        with writing(out, "no scores were written"), _finishing(temporary, out) as file:
             writer = csv.writer(file)
             writer.writerow([*names, added])
             for rows, tokens in _tokenised(data, columns, identity, backbone):
@@ -139,12 +141,21 @@ def predict_scores(
                 done += len(rows)
                 if progress is not None:
                     progress(done, total)
-            file.flush()
-            os.fsync(file.fileno())
-        replace_durably(temporary, out)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the first error is the one to tell
+            temporary.unlink(missing_ok=True)
     return done
+
+
+@contextmanager
+def _finishing(temporary: Path, final: Path) -> Iterator[TextIO]:
+    """A file to write into, which takes its name once the block is done."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with temporary.open("w", encoding="utf-8", newline="") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    replace_durably(temporary, final)
 
 
 def _refuse(name: str, have: object, want: object, run: Run) -> None:
@@ -167,6 +178,11 @@ def _tokenised(
     """Chunks of rows and their token ids, each row checked."""
     numbered = enumerate(read_rows(data), 1)
     while chunk := list(islice(numbered, _CHUNK)):
+        for number, row in chunk:
+            for column, cell in row.items():  # every column is written again beside the score
+                for text in (column, cell):
+                    if isinstance(text, str):
+                        check_utf8(text, column, f"row {number} of {data.name}")
         texts = [fill_row(row, columns, identity.prompt, where=f"row {number} of {data.name}") for number, row in chunk]
         tokens, _ = backbone.tokenize(
             texts,
@@ -174,5 +190,10 @@ def _tokenised(
             max_length=identity.max_length,
             truncate=identity.truncate,
         )
-        check_lengths(f"{data.name} (rows {chunk[0][0]} to {chunk[-1][0]})", tokens, identity.max_length)
+        for (number, _), row in zip(chunk, tokens, strict=True):
+            if not 0 < len(row) <= identity.max_length:
+                raise DataError(
+                    f"row {number} of {data.name} gives {len(row):,} tokens, and the head was trained for 1 to "
+                    f"{identity.max_length:,}; change its text or take it out"
+                )
         yield [row for _, row in chunk], tokens

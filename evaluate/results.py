@@ -10,9 +10,10 @@ from ..cache.errors import DataError, RunError, require_extra
 from ..cache.identity import refuse_differences
 from ..cache.reader import FeatureCache, Split, open_cache
 from ..train.data import Rows
+from ..train.diverged import find_diverged
 from ..train.loop import predict_rows
 from ..train.run import Run, find_runs, load_head
-from .files import write_results
+from .files import changing_report, write_results
 from .summary import CellPredictions, Results, summarise
 
 
@@ -35,11 +36,14 @@ def evaluate_runs(
         device: cuda, mps, cpu or auto.
         progress: called with heads scored and heads in all.
 
+    Cells that diverged in training are listed with that status and count in no figure.
+
     Returns:
         Figures per cell, and per head and depth over its seeds with bootstrap intervals.
 
     Raises:
-        RunError: if there is no run, or runs of different caches lie in the folder.
+        RunError: if there is no run, one is damaged, runs of different caches lie in the folder, or the report cannot
+            be written.
         CacheError: if the cache is missing, damaged, lacks the split, or is not the one the heads were trained on.
         DataError: if rows of the split have no label.
         MissingExtraError: if a report is asked for and matplotlib or jinja2 is not installed.
@@ -60,14 +64,19 @@ def evaluate_runs(
         cells.append(CellPredictions(run.head.name, run.head.depth, run.seed, run.parameters, values))
         if progress is not None:
             progress(len(cells), len(found))
+    for lost in find_diverged(Path(runs)):
+        nothing = np.full(len(rows), np.nan)
+        status = f"diverged in training: {lost.reason}"
+        cells.append(CellPredictions(lost.head, lost.depth, lost.seed, lost.parameters, nothing, status))
     results = summarise(
         split, found[0].label_range, rows.split.ids, rows.split.row, rows.target, cells, _meta(found[0], opened)
     )
     if out is not None:
         from .report import write_report
 
-        write_results(results, Path(out))
-        write_report(results, Path(out))
+        with changing_report(Path(out)) as stage:
+            write_results(results, stage)
+            write_report(results, stage)
     return results
 
 

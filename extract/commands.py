@@ -62,6 +62,9 @@ def extract(
         int | None, typer.Option(help="Token slots per forward pass; default 16384 on a GPU, 2048 on the CPU.")
     ] = None,
     shard_rows: Annotated[int, typer.Option(help="Most rows in a shard.")] = 4096,
+    on_nonfinite: Annotated[
+        str, typer.Option(help="A row with NaN, infinity or a value beyond --dtype: error, or skip to leave it out.")
+    ] = "error",
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Run the frozen LLM over texts once and cache its hidden states.
@@ -76,6 +79,7 @@ def extract(
     relish extract my-cache --model Qwen/Qwen3-8B --data train=a.csv --data test=b.jsonl \\
         --prompt "Essay: {text}" --target-column score --label-range 1,6
     """
+    from ..cache.manifest import MANIFEST
     from ..cache.reader import open_cache
     from .live import ExtractBar
     from .pipeline import extract_cache
@@ -104,13 +108,10 @@ def extract(
         truncate=truncate,
         batch_tokens=batch_tokens,
         shard_rows=shard_rows,
+        on_nonfinite=on_nonfinite,
     )
     with ExtractBar() as bar:
-        try:
-            summary = extract_cache(cache, settings, progress=bar)
-        except KeyboardInterrupt:
-            typer.echo("interrupted; run the same command again to go on where it stopped", err=True)
-            raise typer.Exit(130) from None
+        summary = extract_cache(cache, settings, progress=bar)
     if as_json:
         figures = {
             "cache": str(summary.folder),
@@ -118,6 +119,9 @@ def extract(
             "tokens": summary.tokens,
             "bytes": summary.bytes,
             "padding_overhead": round(summary.padding_overhead, 4),
+            "skipped": [
+                {"split": split, "row": row.row, "id": row.id, "why": row.why} for split, row in summary.skipped
+            ],
             "computed_tokens": summary.computed_tokens,
             "seconds": round(summary.seconds, 3),
         }
@@ -128,6 +132,10 @@ def extract(
         f"{cache}: {summary.rows:,} rows, {summary.tokens:,} tokens, {summary.bytes / 1e6:,.1f} MB, "
         f"padding ×{summary.padding_overhead:.3f}{rate}"
     )
+    if summary.skipped:
+        named = [f"row {row.row + 1} of {split} (id {row.id!r})" for split, row in summary.skipped]
+        more = f" and {len(named) - 10:,} more, all listed in {MANIFEST}" if len(named) > 10 else ""
+        typer.echo(f"skipped {len(named):,} rows: {', '.join(named[:10])}{more}")
     if not summary.computed_tokens:
         typer.echo("everything was there already")
     kept = open_cache(cache).layers

@@ -12,8 +12,8 @@ import numpy as np
 from ..cache.errors import DataError
 from ..cache.identity import Identity
 from ..cache.info import padding_overhead
-from ..cache.manifest import MANIFEST, load_manifest
-from ..cache.writer import CacheWriter, SplitRows, SplitWriter
+from ..cache.manifest import SkippedRow
+from ..cache.writer import CacheWriter, SplitRows, SplitWriter, manifest_to_resume
 from .backbone import Backbone
 from .batches import Budget, run_in_batches
 from .files import find_backbone
@@ -50,6 +50,8 @@ class ExtractSummary:
     """Tokens that went through the backbone this time; fewer than `tokens` when a run is resumed."""
     seconds: float
     """Time from the first forward pass to the last commit."""
+    skipped: tuple[tuple[str, SkippedRow], ...] = ()
+    """(split, row) of each row that was left out since its hidden states could not be stored."""
 
 
 def extract_cache(cache: str | Path, settings: ExtractSettings, *, progress: Progress | None = None) -> ExtractSummary:
@@ -70,9 +72,9 @@ def extract_cache(cache: str | Path, settings: ExtractSettings, *, progress: Pro
     """
     folder = Path(cache).resolve()
     note = progress.note if progress is not None else _ignore
-    known_range = load_manifest(folder).label_range if (folder / MANIFEST).exists() else None
+    known = manifest_to_resume(folder)
     data = load_texts(
-        settings, known_range
+        settings, known.label_range if known is not None else None
     )  # first: a hub model is gigabytes to fetch, a wrong column is not worth that
     files = find_backbone(settings.model, gguf_file=settings.gguf_file, revision=settings.revision)
     if data.range_was_taken:
@@ -101,10 +103,12 @@ def extract_cache(cache: str | Path, settings: ExtractSettings, *, progress: Pro
         check_lengths(name, tokens, max_length)
         rows = SplitRows(split.ids, split.targets, tokens, cut, _fingerprint(split, tokens))
         splits.append((name, rows, writer.split(name, rows, shard_rows=settings.shard_rows)))
+    for text in writer.noted:
+        note(f"note: {text}; hidden states may differ in their last bits")
     pending = [(name, rows, split, number) for name, rows, split in splits for number in split.pending()]
     computed = 0
     started = time.perf_counter()
-    if pending:
+    if pending or writer.lost_manifest:
         with writer.writing():
             note(f"loading {files.name} ({backbone.compute_dtype}, {backbone.device})".replace("torch.", ""))
             backbone.load()
@@ -114,17 +118,20 @@ def extract_cache(cache: str | Path, settings: ExtractSettings, *, progress: Pro
                 progress.begin(len(todo), sum(todo))
             budget = Budget(settings.batch_tokens or backbone.default_batch_tokens)
             for name, rows, split, number in pending:
-                computed += _extract_shard(backbone, name, rows, split, number, budget, progress)
+                computed += _extract_shard(
+                    backbone, name, rows, split, number, budget, progress, skip=settings.on_nonfinite == "skip"
+                )
     records = [split.record for _, _, split in splits]
     shards = [shard for record in records for shard in record.shards]
     return ExtractSummary(
         folder=folder,
-        rows=sum(record.rows for record in records),
-        tokens=sum(record.tokens for record in records),
+        rows=sum(shard.rows for shard in shards),
+        tokens=sum(shard.tokens for shard in shards),
         bytes=sum(shard.bytes for shard in shards),
         padding_overhead=padding_overhead(shards),
         computed_tokens=computed,
         seconds=time.perf_counter() - started,
+        skipped=tuple((name, row) for name, _, split in splits for row in split.record.skipped),
     )
 
 
@@ -193,12 +200,14 @@ def _extract_shard(
     number: int,
     budget: Budget,
     progress: Progress | None,
+    *,
+    skip: bool,
 ) -> int:
     members = split.members(number)
     tokens = [rows.tokens[row] for row in members]
     lengths = [len(row) for row in tokens]
     names = [f"row {row + 1} of {name} (id {rows.ids[row]!r})" for row in members]
-    with split.shard(number) as shard, ShardSink(shard, lengths=lengths, names=names) as sink:
+    with split.shard(number) as shard, ShardSink(shard, lengths=lengths, names=names, skip=skip) as sink:
         forward = partial(_forward, backbone, tokens)
         for batch, states in run_in_batches(lengths, budget, forward):
             sink.put(batch, states)

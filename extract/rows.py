@@ -175,6 +175,25 @@ def fill_row(row: Mapping[str, object], columns: Columns, prompt: str, *, where:
     return fill(prompt, {field: _text(row, column, where) for field, column in columns.texts.items()})
 
 
+def check_utf8(text: str, column: str, where: str) -> None:
+    """Refuse a text that UTF-8 cannot encode, as JSON's escapes allow.
+
+    Args:
+        text: the text.
+        column: where it stands.
+        where: what to call the row in messages.
+
+    Raises:
+        DataError: naming the row and the column.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where} holds {text[error.start]!r} in column {column!r}, half of a surrogate pair, which is no character"
+        ) from None
+
+
 def label_range_of(targets: np.ndarray) -> tuple[float, float]:
     """Take the least and the greatest of the targets, NaN left aside.
 
@@ -229,7 +248,7 @@ def _text(row: Mapping[str, object], column: str, where: str) -> str:
         raise DataError(f"{where} has {short(cell)} in column {column!r}, which is not text")
     if not cell.strip():
         raise DataError(f"{where} has an empty text in column {column!r}")
-    _check_utf8(cell, column, where)
+    check_utf8(cell, column, where)
     return cell
 
 
@@ -278,14 +297,5 @@ def _id(row: Mapping[str, object], column: str, where: str) -> str:
     row_id = str(cell)
     if "\0" in row_id:
         raise DataError(f"{where} has an id with a NUL character in column {column!r}, which HDF5 cannot store")
-    _check_utf8(row_id, column, where)
+    check_utf8(row_id, column, where)
     return row_id
-
-
-def _check_utf8(text: str, column: str, where: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where} holds {text[error.start]!r} in column {column!r}, half of a surrogate pair, which is no character"
-        ) from None

@@ -65,10 +65,14 @@ class ExtractSettings:
     """Token slots per forward pass, padding included; None for 16,384 on a GPU and 2,048 on the CPU."""
     shard_rows: int = 4096
     """Most rows in a shard. A shard is also the most work that an interruption can cost."""
+    on_nonfinite: str = "error"
+    """What to do about a row whose hidden states cannot be stored (NaN, infinity, or beyond the storage type): error,
+    or skip, which leaves it out of the split and names it."""
 
     def __post_init__(self) -> None:
         storage_dtype(self.dtype)
         _one_of("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
+        _one_of("on_nonfinite", self.on_nonfinite, ("error", "skip"))
         for name in ("max_length", "batch_tokens", "shard_rows"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -21,15 +21,20 @@ _AHEAD = 2  # batches that may wait: enough to overlap, few enough to keep memor
 class ShardSink:
     """Writes the batches of one shard in the background; leaving the block waits for the last one."""
 
-    def __init__(self, writer: ShardWriter, *, lengths: Sequence[int], names: Sequence[str]) -> None:
+    def __init__(
+        self, writer: ShardWriter, *, lengths: Sequence[int], names: Sequence[str], skip: bool = False
+    ) -> None:
         """Args:
         writer: the shard.
         lengths: real tokens of each of its rows.
         names: how messages call each row, "row 17 (id 'a') of train".
+        skip: whether rows that cannot be stored are left out; if not, they are an error.
         """
         self._writer = writer
         self._lengths = lengths
         self._names = names
+        self._skip = skip
+        self._dropped = False
         self._queue: queue.Queue[tuple[range, Any] | None] = queue.Queue(_AHEAD)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="relish-shard-writer", daemon=True)
@@ -50,6 +55,7 @@ class ShardSink:
     def __exit__(
         self, kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
+        self._dropped = kind is not None  # then what waits in the queue need not be written
         self._queue.put(None)
         self._thread.join()
         if kind is None:
@@ -57,7 +63,9 @@ class ShardSink:
 
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
-            if self._error is None:  # after an error the queue is only drained, so that `put` never blocks
+            if (
+                self._error is None and not self._dropped
+            ):  # after an error the queue is only drained, so that `put` never blocks
                 try:
                     self._write(*item)
                 except BaseException as error:
@@ -69,23 +77,26 @@ class ShardSink:
             values = stored[number, :, : self._lengths[row]]
             # A sum is finite only if all its terms are, and is one pass where isfinite().all() is two.
             if not values.sum(dtype=values.new_empty(0).float().dtype).isfinite() and not values.isfinite().all():
-                raise DataError(self._why(states[number, :, : self._lengths[row]], self._names[row]))
-            self._writer.write(row, values)
+                why, instead = self._why(states[number, :, : self._lengths[row]])
+                if not self._skip:
+                    raise DataError(
+                        f"{self._names[row]} has {why}; nothing of its shard was kept. "
+                        f"Try {instead}, or --on-nonfinite skip to leave such rows out"
+                    )
+                self._writer.skip(row, why)
+            else:
+                self._writer.write(row, values)
 
-    def _why(self, values: "torch.Tensor", name: str) -> str:
+    def _why(self, values: "torch.Tensor") -> tuple[str, str]:
         import torch
 
-        if values.isfinite().all():
-            largest = values.abs().max().item()
-            dtype = self._writer.layout.dtype
-            return (
-                f"{name} has a hidden state of {largest:,.0f}, and {dtype.name} ends at "
-                f"{torch.finfo(dtype.torch).max:,.0f}; use --dtype bfloat16"
-            )
-        return (
-            f"the backbone gave NaN or infinity for {name}; nothing of this shard was kept. "
-            "Try --compute-dtype float32, or take the row out"
-        )
+        if not values.isfinite().all():
+            return "NaN or infinity in its hidden states", "--compute-dtype float32"
+        dtype = self._writer.layout.dtype
+        largest, end = values.abs().max().item(), torch.finfo(dtype.torch).max
+        shown = [f"{value:,.0f}" if value < 1e15 else f"{value:g}" for value in (largest, end)]
+        wider = "bfloat16" if dtype.name == "float16" else "float32"
+        return f"a hidden state of {shown[0]}, and {dtype.name} ends at {shown[1]}", f"--dtype {wider}"
 
     def _raise_error(self) -> None:
         if self._error is not None:

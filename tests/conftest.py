@@ -1,7 +1,11 @@
+import json
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -87,6 +91,49 @@ def run_cli() -> Callable[..., Any]:
         return result
 
     return run
+
+
+class Relish:
+    """Starts and awaits real `relish` processes through tests/forkserver.py."""
+
+    def __init__(self, server: Any) -> None:
+        self._server = server
+        self._ask(None)
+
+    def start(self, *arguments: object, **options: Any) -> int:
+        """Begin `relish` with these arguments; gives the process id."""
+        return self._ask({"start": [str(argument) for argument in arguments], **options})["pid"]
+
+    def wait(self, pid: int) -> Any:
+        """Until it has ended: code (negative after a signal), stdout, stderr."""
+        return SimpleNamespace(**self._ask({"wait": pid}))
+
+    def run(self, *arguments: object, **options: Any) -> Any:
+        """Start and wait."""
+        return self.wait(self.start(*arguments, **options))
+
+    def _ask(self, request: Any) -> Any:
+        if request is not None:
+            self._server.stdin.write(json.dumps(request) + "\n")
+            self._server.stdin.flush()
+        return json.loads(self._server.stdout.readline())
+
+
+@pytest.fixture(scope="session")
+def relish_process() -> Iterator[Relish]:
+    """Real processes of the command line, quick to start: run, start and wait."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", str(Path(__file__).with_name("forkserver.py"))],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as server:
+        yield Relish(server)
+        assert server.stdin is not None
+        server.stdin.close()
 
 
 def _save_tiny_model(arch: str, folder: Path) -> Path:

@@ -55,7 +55,8 @@ def train(
 ) -> None:
     """Train heads from a cache: every head, depth and seed of a grid.
 
-    Run the same command again after an interruption: finished cells are kept. Depths, seeds and heads can be added to
+    Run the same command again after an interruption: finished cells are kept. A cell whose loss is no longer
+    finite is marked as diverged and not tried again with the same settings. Depths, seeds and heads can be added to
     the same folder later.
 
     Examples:
@@ -89,11 +90,7 @@ def train(
     from .live import LiveTable
 
     with LiveTable() as table:
-        try:
-            result = train_heads(cache, out, settings, listener=table)
-        except KeyboardInterrupt:
-            typer.echo("interrupted; run the same command again to go on: finished cells are kept", err=True)
-            raise typer.Exit(130) from None
+        result = train_heads(cache, out, settings, listener=table)
     if as_json:
         cells = [
             {"head": cell.head, "depth": cell.depth, "seed": cell.seed, **metrics}
@@ -107,6 +104,8 @@ def train(
     if result.diverged:
         names = ", ".join(map(str, result.diverged))
         typer.echo(
-            f"error: the loss of {names} was no longer finite; try a lower --lr. The other cells are there", err=True
+            f"error: the loss of {names} was no longer finite; try a lower --lr. The other cells are there. To try a "
+            f"cell again with the same settings, delete its file {out / 'CELL.diverged.json'}",
+            err=True,
         )
         raise typer.Exit(2)

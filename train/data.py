@@ -76,7 +76,7 @@ def training_rows(cache: FeatureCache, settings: TrainSettings) -> tuple[Rows, R
                 f"{unlabelled} of {len(rows)} rows of the split {rows.split.name!r} have no label; all need one"
             )
     if len(chosen[0]) < 2:
-        raise DataError(f"there are {len(chosen[0])} training rows; at least 2 are needed")
+        raise DataError(f"training rows: {len(chosen[0])}; at least 2 are needed")
     return chosen
 
 

@@ -1,6 +1,8 @@
 """`train_heads`: a grid of heads × depths × seeds from one cache, cell by cell, resumable."""
 
+import json
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,16 +12,19 @@ import torch
 
 from ..cache.device import pick_device
 from ..cache.errors import RunError
+from ..cache.lock import LOCK, lock_folder
 from ..cache.reader import FeatureCache, open_cache
 from ..cache.version import __version__
 from .data import Moments, Rows, feature_moments, ordered_batches, read_ahead, training_rows
+from .diverged import DivergedCell, diverged_path, find_diverged, save_diverged
 from .heads import Head, HeadSpec, build_head, count_parameters
 from .loop import Diverged, EpochRecord, best_epoch, predict_rows, train_head
 from .metrics import score
 from .pooled import pool
 from .ridge import ALPHAS, solve_ridge
 from .ridge import Moments as RidgeMoments
-from .run import cell_folders, discard, find_runs, run_name, save_run
+from .run import Run, cell_folders, discard_unfinished, find_runs, run_name, save_run
+from .saving import writing
 from .settings import CLOSED_FORM, LEARNING_RATES, TrainSettings
 
 
@@ -62,7 +67,8 @@ class GridResult:
     cells: dict[CellName, dict[str, Any]] = field(default_factory=dict)
     """Validation figures (metrics.json) of the cells that were trained or were there already."""
     diverged: list[CellName] = field(default_factory=list)
-    """Cells whose loss was no longer finite; nothing of them is kept."""
+    """Cells whose loss was no longer finite, now or in an earlier training with the same settings. In place of a run
+    folder they have a file `<cell>.diverged.json`; without it a cell is tried again."""
 
 
 def train_heads(
@@ -91,34 +97,58 @@ def train_heads(
     grid = grid_cells(settings)
     train, val = training_rows(opened, settings)
     config = _config(opened, settings, train, val)
-    finished = _finished(out, config, settings)
     device = pick_device(settings.device)
+    known = _known(out, config, settings)  # before a folder is made
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    work = any(cell not in known for cell in grid)
+    with lock_folder(out, RunError) if work else nullcontext():
+        if work:
+            known = _known(out, config, settings)  # another process may have been at work until now
+            discard_unfinished(out)
+            for cell in find_diverged(out):
+                if cell.training != _training(config, settings, cell.head):
+                    cell.path.unlink()  # of other settings, and no run is left of them
+        return _train_grid(grid, known, train, val, settings, config, device, out, listener)
+
+
+def _train_grid(
+    grid: list[CellName],
+    known: "dict[CellName, Run | DivergedCell]",
+    train: Rows,
+    val: Rows,
+    settings: TrainSettings,
+    config: dict[str, Any],
+    device: torch.device,
+    out: Path,
+    listener: Listener | None,
+) -> GridResult:
     steps = settings.epochs * -(-len(train) // settings.batch_size)
     if listener is not None:
-        plan = {cell: 0 if cell in finished else 1 if cell.head in CLOSED_FORM else steps for cell in grid}
+        plan = {cell: 0 if cell in known else 1 if cell.head in CLOSED_FORM else steps for cell in grid}
         listener.plan(grid, plan)
     result = GridResult(out)
     moments: dict[str | None, Moments] = {}
     for cell in grid:
-        if cell in finished:
-            result.cells[cell] = finished[cell]
-            if listener is not None:
-                listener.end(cell, "there already", finished[cell])
-            continue
-        if listener is not None:
-            listener.start(cell)
-        discard(out / f".{cell}.tmp")
-        try:
-            result.cells[cell] = _train_cell(cell, train, val, settings, config, moments, device, out, listener)
-        except Diverged:
+        there = known.get(cell)
+        if isinstance(there, Run):
+            result.cells[cell] = there.metrics
+            status = "there already"
+        elif there is not None:
             result.diverged.append(cell)
-            if listener is not None:
-                listener.end(cell, "diverged", {})
+            status = "diverged"
         else:
             if listener is not None:
-                listener.end(cell, "done", result.cells[cell])
+                listener.start(cell)
+            try:
+                result.cells[cell] = _train_cell(cell, train, val, settings, config, moments, device, out, listener)
+                status = "done"
+            except Diverged as reason:
+                _mark_diverged(out, cell, _spec(cell, train, settings), config, settings, str(reason))
+                result.diverged.append(cell)
+                status = "diverged"
+        if listener is not None:
+            listener.end(cell, status, result.cells.get(cell, {}))
     return result
 
 
@@ -144,14 +174,7 @@ def _train_cell(
     listener: Listener | None,
 ) -> dict[str, Any]:
     started = time.perf_counter()
-    spec = HeadSpec(
-        name=cell.head,
-        hidden_size=train.split.cache.hidden_size,
-        depth=cell.depth,
-        latent_size=settings.latent_size,
-        num_heads=settings.num_heads,
-        dropout=settings.dropout,
-    )
+    spec = _spec(cell, train, settings)
     # A generator per cell, in a fork: what a cell draws depends on its seed alone, and the caller's stays as it was.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(cell.seed)
@@ -185,7 +208,10 @@ def _train_cell(
                 on_step=lambda done: listener.step(cell, done) if listener is not None else None,
             )
             extra = {"best_epoch": best_epoch(history), "epochs": len(history)}
-    figures = score(val.target, predict_rows(head, val, device), config["label_range"])
+    predictions = predict_rows(head, val, device)
+    if not np.isfinite(predictions).all():
+        raise Diverged("its predictions are not finite")
+    figures = score(val.target, predictions, config["label_range"])
     metrics = {
         "val_split": val.split.name,
         "val_rows": len(val),
@@ -203,11 +229,39 @@ def _train_cell(
     return metrics
 
 
+def _spec(cell: CellName, train: Rows, settings: TrainSettings) -> HeadSpec:
+    return HeadSpec(
+        name=cell.head,
+        hidden_size=train.split.cache.hidden_size,
+        depth=cell.depth,
+        latent_size=settings.latent_size,
+        num_heads=settings.num_heads,
+        dropout=settings.dropout,
+    )
+
+
+def _mark_diverged(
+    out: Path, cell: CellName, spec: HeadSpec, config: dict[str, Any], settings: TrainSettings, reason: str
+) -> None:
+    with torch.random.fork_rng(devices=[]):
+        parameters = count_parameters(build_head(spec))
+    path = diverged_path(out, cell)
+    with writing(path, "finished cells are kept"):
+        save_diverged(
+            DivergedCell(
+                path, cell.head, cell.depth, cell.seed, parameters, reason, _training(config, settings, cell.head)
+            )
+        )
+
+
 def _fit_ridge(head: Head, train: Rows, val: Rows, label_range: tuple[float, float]) -> float:
     """Fit the head's linear layer; the penalty with the lowest validation NRMSE wins, and is returned."""
     batches = read_ahead(train, ordered_batches(train.lengths))
     pooled = ((pool(hidden, mask, head.pooling).numpy(), target.double().numpy()) for hidden, mask, target in batches)
-    solutions = solve_ridge(RidgeMoments.of(pooled, head.hidden_size))
+    sums = RidgeMoments.of(pooled, head.hidden_size)
+    if not np.isfinite(sums.xx).all():
+        raise Diverged("the pooled hidden states are not finite")
+    solutions = solve_ridge(sums)
     order = ordered_batches(val.lengths)
     features = (
         torch.cat([pool(hidden, mask, head.pooling) for hidden, mask, _ in read_ahead(val, order)]).double().numpy()
@@ -248,29 +302,46 @@ def _own_lr(settings: TrainSettings, head: str) -> float | None:
     return None if head in CLOSED_FORM else settings.lr or LEARNING_RATES[head]
 
 
-def _finished(out: Path, config: dict[str, Any], settings: TrainSettings) -> dict[CellName, dict[str, Any]]:
-    """Cells that are there already.
+def _training(config: dict[str, Any], settings: TrainSettings, head: str) -> dict[str, Any]:
+    """What two trainings must agree in for their cells to stand in one table, as JSON gives it back."""
+    parts = {
+        "rows": {name: config[name] for name in ("layer", "label_range", "train_rows")},
+        "data": config["data"],
+        "identity": config["identity"],
+        "settings": {**config["settings"], "lr": _own_lr(settings, head)},
+    }
+    return json.loads(json.dumps(parts))
+
+
+def _known(out: Path, config: dict[str, Any], settings: TrainSettings) -> "dict[CellName, Run | DivergedCell]":
+    """Cells that are there already, and those that diverged with the same settings.
 
     Raises:
         RunError: if any was trained on something else or in another way: a table of them would compare unlike things.
     """
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file; --out takes a folder")
+    diverged = find_diverged(out)
+    known: dict[CellName, Run | DivergedCell] = {
+        CellName(cell.head, cell.depth, cell.seed): cell
+        for cell in diverged
+        if cell.training == _training(config, settings, cell.head)
+    }
     if not cell_folders(out):
-        if out.exists() and any(not entry.name.startswith(".") for entry in out.iterdir()):
+        ours = {LOCK, *(cell.path.name for cell in diverged)}
+        if out.exists() and any(not entry.name.startswith(".") and entry.name not in ours for entry in out.iterdir()):
             raise RunError(f"{out} holds other files and no runs; choose a new or empty folder")
-        return {}
-    runs = find_runs(out)
-    for run in runs:
-        have = {"layer": run.layer, "label_range": list(run.label_range), "train_rows": run.train_rows}
-        pairs = [(have, {name: config[name] for name in have})]
-        pairs += [(run.data, config["data"]), (run.identity.to_json(), config["identity"])]
-        pairs += [(run.settings, {**config["settings"], "lr": _own_lr(settings, run.head.name)})]
-        for there, here in pairs:
-            for name, value in here.items():
-                if there.get(name) != value:
+        return known
+    for run in find_runs(out):
+        rows = {"layer": run.layer, "label_range": list(run.label_range), "train_rows": run.train_rows}
+        there = {"rows": rows, "data": run.data, "identity": run.identity.to_json(), "settings": run.settings}
+        for part, values in _training(config, settings, run.head.name).items():
+            for name, value in values.items():
+                if there[part].get(name) != value:
                     raise RunError(
-                        f"{out} holds runs of another training: {run.path.name} has {name} {there.get(name)!r}, this "
-                        f"one {value!r}. Choose another --out, or the same settings to go on"
+                        f"{out} holds runs of another training: {run.path.name} has {name} "
+                        f"{there[part].get(name)!r}, this one {value!r}. Choose another --out, or the same settings to "
+                        "go on"
                     )
-    return {CellName(run.head.name, run.head.depth, run.seed): run.metrics for run in runs}
+        known[CellName(run.head.name, run.head.depth, run.seed)] = run
+    return known

@@ -15,6 +15,8 @@ from .heads import Head
 from .metrics import score
 from .settings import TrainSettings
 
+_CHECK = 32  # steps between looks at the loss; on a GPU each look waits for the device
+
 
 @dataclass(frozen=True)
 class EpochRecord:
@@ -91,10 +93,12 @@ def train_head(
             losses.append(loss.detach())
             done += 1
             on_step(done)
+            if done % _CHECK == 0 and not torch.stack(losses[-_CHECK:]).isfinite().all():
+                raise Diverged(f"the loss was no longer finite by step {done}")
         mean_loss = torch.stack(losses).mean().item()
         predictions = predict_rows(head, val, device)
         if not (math.isfinite(mean_loss) and np.isfinite(predictions).all()):
-            raise Diverged(f"the loss is {mean_loss} in epoch {epoch}")
+            raise Diverged(f"the loss was no longer finite by step {done}")
         figures = score(val.target, predictions, label_range)
         seconds = time.perf_counter() - started
         history.append(EpochRecord(epoch, mean_loss, figures["nrmse"], figures["pearson"], seconds))

@@ -1,7 +1,11 @@
-"""A run folder: one trained head with its settings, history and figures. It appears whole or not at all."""
+"""A run folder: one trained head with its settings, history and figures. It appears whole or not at all.
 
+config.json and metrics.json end with a hash of themselves, and config.json holds the hash of the weights: a bit that
+flips in any of them is found before a number comes out.
+"""
+
+import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -12,11 +16,15 @@ from typing import Any
 from ..cache.errors import RunError
 from ..cache.fileio import sync_folder
 from ..cache.identity import Identity
-from ..cache.jsonfile import read_versioned
+from ..cache.jsonfile import read_versioned, sealed_text
+from .diverged import find_diverged
 from .heads import Head, HeadSpec, build_head, count_parameters
+from .saving import write_synced, writing
 
 FORMAT = "relish run"
-VERSION = 1
+VERSION = 2
+_METRICS_FORMAT = "relish run metrics"
+_CELL = r"[a-z].*-L\d+-seed\d+"
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,8 @@ class Run:
     train_rows: int
     data: dict[str, str]
     """Which rows it saw: fingerprints of the training and validation split, and the latter's name."""
+    weights_sha256: str
+    """Of model.safetensors."""
     metrics: dict[str, Any]
     """metrics.json: validation figures, epochs, seconds."""
 
@@ -54,29 +64,49 @@ def run_name(head: str, depth: int, seed: int) -> str:
 def save_run(
     path: Path, head: Head, *, config: dict[str, Any], history: Sequence[Any], metrics: dict[str, Any]
 ) -> None:
-    """Write a run folder under a hidden name and rename it, so that a run that exists is complete."""
-    from safetensors.torch import save_file
+    """Write a run folder under a hidden name and rename it, so that a run that exists is complete.
 
+    Raises:
+        RunError: naming the file, if one cannot be written; nothing of the run is left then.
+    """
+    from safetensors.torch import save
+
+    weights = save({name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()})
+    config = {"format": FORMAT, "version": VERSION, **config, "weights_sha256": hashlib.sha256(weights).hexdigest()}
+    files = {
+        "model.safetensors": weights,
+        "config.json": sealed_text(config).encode(),
+        "history.jsonl": "".join(_line(asdict(record)) for record in history).encode(),
+        "metrics.json": sealed_text({"format": _METRICS_FORMAT, "version": VERSION, **metrics}).encode(),
+    }
     temporary = path.with_name(f".{path.name}.tmp")
-    discard(temporary)
-    temporary.mkdir(parents=True)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
-    save_file(state, temporary / "model.safetensors")
-    _write(temporary / "config.json", json.dumps({"format": FORMAT, "version": VERSION, **config}, indent=2) + "\n")
-    _write(temporary / "history.jsonl", "".join(_line(asdict(record)) for record in history))
-    _write(temporary / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    for file in temporary.iterdir():
-        with file.open("rb+") as opened:
-            os.fsync(opened.fileno())
-    sync_folder(temporary)
-    temporary.replace(path)
-    sync_folder(path.parent)
+    _discard(temporary)
+    try:
+        for name, content in files.items():
+            with writing(path / name, "finished cells are kept"):
+                temporary.mkdir(parents=True, exist_ok=True)
+                write_synced(temporary / name, content)
+        with writing(path, "finished cells are kept"):
+            sync_folder(temporary)
+            temporary.replace(path)
+            sync_folder(path.parent)
+    except BaseException:
+        _discard(temporary)
+        raise
 
 
-def discard(temporary: Path) -> None:
-    """Remove what a killed training left."""
-    if temporary.exists():
-        shutil.rmtree(temporary)
+def discard_unfinished(runs: Path) -> None:
+    """Remove what killed trainings left; only for the one who holds the folder's lock."""
+    for path in runs.iterdir():
+        if re.fullmatch(rf"\.{_CELL}(\.diverged\.json)?\.tmp", path.name):
+            _discard(path)
+
+
+def _discard(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def load_run(path: str | Path) -> Run:
@@ -87,17 +117,15 @@ def load_run(path: str | Path) -> Run:
     """
     path = Path(path)
     try:
-        config = read_versioned(
-            path / "config.json", format=FORMAT, version=VERSION, again="train again", error=RunError
-        )
+        config = _read_sealed(path / "config.json", FORMAT)
     except FileNotFoundError:
         cells = [run.name for run in cell_folders(path)]
         hint = f"; it holds {len(cells)} runs, name one: {path / cells[0]}" if cells else ""
         raise RunError(f"{path} is no run folder: it has no config.json{hint}") from None
     try:
-        metrics = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path / 'metrics.json'} cannot be read ({error}); train the run again") from None
+        metrics = _read_sealed(path / "metrics.json", _METRICS_FORMAT)
+    except FileNotFoundError:
+        raise RunError(f"the run {path} has no metrics.json; {_way_out(path)}") from None
     try:
         return Run(
             path=path,
@@ -112,13 +140,14 @@ def load_run(path: str | Path) -> Run:
             settings=dict(config["settings"]),
             train_rows=config["train_rows"],
             data=dict(config["data"]),
-            metrics=metrics,
+            weights_sha256=str(config["weights_sha256"]),
+            metrics={name: value for name, value in metrics.items() if name not in ("format", "version")},
         )
     except KeyError as error:
-        raise RunError(f"the run {path} is damaged: its config.json lacks {error}; train it again") from None
+        raise RunError(f"the run {path} is damaged: its config.json lacks {error}; {_way_out(path)}") from None
     except (TypeError, ValueError, IndexError, AttributeError) as error:
         raise RunError(
-            f"the run {path} is damaged: its config.json holds something else ({error}); train it again"
+            f"the run {path} is damaged: its config.json holds something else ({error}); {_way_out(path)}"
         ) from None
 
 
@@ -133,7 +162,13 @@ def find_runs(runs: str | Path) -> list[Run]:
         return [load_run(runs)]
     found = [load_run(path) for path in cell_folders(runs)]
     if not found:
-        raise RunError(f"there is no trained head in {runs}; make some with: relish train CACHE --out {runs}")
+        lost = len(find_diverged(runs))
+        raise RunError(
+            f"there is no trained head in {runs}"
+            + (f", only {lost} that diverged" if lost else "")
+            + f"; make some with: relish train CACHE --out {runs}"
+            + (" --lr X, X lower than before" if lost else "")
+        )
     return sorted(found, key=lambda run: (run.head.name, run.head.depth, run.seed))
 
 
@@ -146,25 +181,29 @@ def load_head(run: "str | Path | Run") -> Head:
         RunError: if the weights are missing, damaged, or do not fit the settings.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     if not isinstance(run, Run):
         run = load_run(run)
     path = run.path / "model.safetensors"
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error.strerror}); {_way_out(run.path)}") from None
+    if hashlib.sha256(content).hexdigest() != run.weights_sha256:
+        raise RunError(f"{path} is damaged: it is not the file that was saved; {_way_out(run.path)}")
     head = build_head(run.head)
     try:
-        head.load_state_dict(load_file(path))
-    except FileNotFoundError:
-        raise RunError(f"the run {run.path} has no model.safetensors; train it again") from None
+        head.load_state_dict(load(content))
     except SafetensorError as error:
-        raise RunError(f"{path} is damaged ({error}); train it again") from None
+        raise RunError(f"{path} is no safetensors file ({error}); {_way_out(run.path)}") from None
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        raise RunError(f"{path} does not fit the settings in config.json ({reason}); train it again") from None
+        raise RunError(f"{path} does not fit the settings in config.json ({reason}); {_way_out(run.path)}") from None
     if count_parameters(head) != run.parameters or not all(
         value.isfinite().all() for value in head.state_dict().values()
     ):
-        raise RunError(f"{path} holds NaN or another number of weights than config.json says; train it again")
+        raise RunError(f"{path} holds NaN or another number of weights than config.json says; {_way_out(run.path)}")
     return head.eval()
 
 
@@ -172,7 +211,7 @@ def cell_folders(runs: Path) -> list[Path]:
     """The folders in `runs` that are named as run folders."""
     if not runs.is_dir():
         return []
-    return sorted(path for path in runs.iterdir() if re.fullmatch(r"[a-z].*-L\d+-seed\d+", path.name))
+    return sorted(path for path in runs.iterdir() if re.fullmatch(_CELL, path.name))
 
 
 def _line(record: dict[str, Any]) -> str:
@@ -180,5 +219,17 @@ def _line(record: dict[str, Any]) -> str:
     return json.dumps({name: None if value != value else value for name, value in record.items()}) + "\n"
 
 
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def _read_sealed(path: Path, format: str) -> dict[str, Any]:
+    return read_versioned(
+        path,
+        format=format,
+        version=VERSION,
+        again=f"delete {path.parent} and train again",
+        error=RunError,
+        sealed=True,
+        mend=_way_out(path.parent),
+    )
+
+
+def _way_out(run: Path) -> str:
+    return f"restore it from a copy, or delete {run} and train again"

@@ -45,6 +45,7 @@ def test_info_as_json(run_cli, cache, make):
         "tokens": 382,
         "longest": 60,
         "truncated": 2,
+        "skipped": [],
         "shards": 4,
         "planned": 4,
         "complete": True,

@@ -2,12 +2,14 @@ import errno
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from relish.cache import lock
 from relish.cache.errors import CacheError
 from relish.cache.lock import lock_folder
+from relish.cache.manifest import load_manifest
 
 
 def test_a_second_writer_is_refused_while_the_first_is_at_work(tmp_path):
@@ -41,7 +43,6 @@ def test_a_file_system_without_locks_is_written_without_one(tmp_path, monkeypatc
 def test_a_writer_refuses_a_manifest_that_changed_since_it_was_opened(make, tmp_path):
     folder = make.write(tmp_path / "c")
     writer = make.open_writer(folder)
-    path = folder / "manifest.json"
-    path.write_text(path.read_text().replace('"task": null', '"task": "stsb"'))
+    replace(load_manifest(folder), task="stsb").save(folder)
     with pytest.raises(CacheError, match="was changed by another process; run the command again"), writer.writing():
         pass

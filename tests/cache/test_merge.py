@@ -99,6 +99,7 @@ def test_a_damaged_shard_is_named_and_nothing_is_left(make, parts, tmp_path):
 def test_a_missing_shard_is_named_and_nothing_is_left(parts, tmp_path):
     (parts[1] / "dev-00001.h5").unlink()
     assert message(tmp_path / "all", list(parts)) == (
-        f"nothing was merged: the shard {parts[1] / 'dev-00001.h5'} is missing; restore it from a copy"
+        f"nothing was merged: the shard {parts[1] / 'dev-00001.h5'} is missing; "
+        f"restore it from a copy, or run: relish cache repair {parts[1]}"
     )
     assert list((tmp_path / "all").iterdir()) == []

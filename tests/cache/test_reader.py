@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from relish.cache import reader
 from relish.cache.errors import CacheError
+from relish.cache.jsonfile import sealed_text
 from relish.cache.manifest import load_manifest
 from relish.cache.reader import open_cache
-
-WAY_OUT = "restore it from a copy, or delete the cache and extract again"
+from relish.cache.shard import way_out
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,8 @@ def change_manifest(folder, change):
     path = folder / "manifest.json"
     value = json.loads(path.read_text())
     change(value)
-    path.write_text(json.dumps(value))
+    value.pop("sha256", None)
+    path.write_text(sealed_text(value))
 
 
 def message(call):
@@ -179,7 +180,7 @@ def test_a_manifest_that_is_no_json(own, text):
     (own / "manifest.json").write_bytes(text.encode("utf-8", "surrogatepass"))
     found = message(lambda: open_cache(own))
     assert found.startswith(f"{own / 'manifest.json'} cannot be read (")
-    assert found.endswith("); restore it from a copy, or extract again")
+    assert found.endswith(f"); run: relish cache repair {own}")
 
 
 @pytest.mark.parametrize(
@@ -203,7 +204,7 @@ def test_a_manifest_with_a_part_missing_or_wrong(own, change):
     change_manifest(own, change)
     found = message(lambda: open_cache(own))
     assert found.startswith(f"{own / 'manifest.json'} is damaged (")
-    assert found.endswith("); restore it from a copy, or extract again")
+    assert found.endswith(f"); run: relish cache repair {own}")
 
 
 def test_a_split_name_that_leaves_the_folder(own):
@@ -222,7 +223,7 @@ def test_a_flipped_bit_in_hidden_states_is_found_on_the_first_read(make, own):
     damaged = int(np.flatnonzero(split.lengths == 59)[0])
     text = (
         f"the shard {own / record.file} is damaged: the hidden states of row {damaged} "
-        f"(id {split.ids[damaged]!r}) are not the ones that were written; restore it from a copy, or extract again"
+        f"(id {split.ids[damaged]!r}) are not the ones that were written; {way_out(own)}"
     )
     assert message(lambda: split.read([damaged])) == text
     assert message(lambda: split.read([0, damaged])) == text
@@ -247,7 +248,7 @@ def test_a_flipped_bit_elsewhere_is_found_at_open(make, own, name):
         place = file[name].id.get_offset()
     make.flip(own / record.file, place)
     assert message(lambda: open_cache(own).split("train")) == (
-        f"the shard {own / record.file} is damaged outside its hidden states (its hash differs); {WAY_OUT}"
+        f"the shard {own / record.file} is damaged outside its hidden states (its hash differs); {way_out(own)}"
     )
 
 
@@ -255,7 +256,7 @@ def test_a_truncated_shard_is_found_at_open(own):
     record = record_of(own)
     os.truncate(own / record.file, record.bytes - 100)
     assert message(lambda: open_cache(own).split("train")) == (
-        f"the shard {own / record.file} has {record.bytes - 100} bytes, {record.bytes} were written; {WAY_OUT}"
+        f"the shard {own / record.file} has {record.bytes - 100} bytes, {record.bytes} were written; {way_out(own)}"
     )
 
 
@@ -263,9 +264,7 @@ def test_a_shard_truncated_while_it_is_open_gives_an_error_and_no_crash(own):
     split = open_cache(own).split("train")
     record = record_of(own)
     os.truncate(own / record.file, record.offset + 10)
-    assert message(lambda: split.read([2])) == (
-        f"the shard {own / record.file} ends too early; restore it from a copy, or extract again"
-    )
+    assert message(lambda: split.read([2])) == (f"the shard {own / record.file} ends too early; {way_out(own)}")
     split.close()
 
 
@@ -274,10 +273,10 @@ def test_a_deleted_shard_is_named(own):
     split = open_cache(own).split("train")
     (own / record.file).unlink()
     assert message(lambda: open_cache(own).split("train")) == (
-        f"the shard {own / record.file} cannot be opened (No such file or directory); {WAY_OUT}"
+        f"the shard {own / record.file} cannot be opened (No such file or directory); {way_out(own)}"
     )
     assert message(lambda: split.read([2])) == (
-        f"the shard {own / record.file} cannot be opened (No such file or directory); restore it from a copy"
+        f"the shard {own / record.file} cannot be opened (No such file or directory); {way_out(own)}"
     )
 
 

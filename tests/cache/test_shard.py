@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from relish.cache import shard as shard_module
 from relish.cache.dtypes import STORAGE_DTYPES, storage_dtype
-from relish.cache.errors import SettingsError
+from relish.cache.errors import CacheError, SettingsError
 from relish.cache.reader import open_cache
 
 
@@ -61,7 +61,7 @@ def test_a_disk_that_is_full_leaves_nothing_behind(make, tmp_path, monkeypatch, 
 
     monkeypatch.setattr(os if step == "fsync" else shard_module, step, full)
     before = open_descriptors()
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(CacheError, match=r"train-00000.h5 cannot be written \(No space left on device\)"):
         make.fill(make.open_writer(tmp_path / "c"), "train", make.rows((2, 1)))
     assert list((tmp_path / "c").iterdir()) == []
     assert open_descriptors() == before

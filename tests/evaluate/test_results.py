@@ -3,6 +3,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ import torch
 from relish.cache.errors import CacheError, DataError, RunError
 from relish.cache.reader import open_cache
 from relish.evaluate.results import evaluate_runs
+from relish.train.diverged import DivergedCell, diverged_path, save_diverged
 from relish.train.grid import train_heads
 from relish.train.metrics import score
-from relish.train.run import load_head
+from relish.train.run import load_head, load_run
 from relish.train.settings import TrainSettings
 
 from ..train.conftest import write_cache
@@ -41,7 +43,7 @@ def test_figures_are_those_of_the_loaded_heads_on_the_split(cache, runs):
 
 def test_the_report_folder_holds_what_the_design_says(runs, tmp_path):
     evaluate_runs(runs, out=tmp_path / "report")
-    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "report").glob("[!.]*")) == [
         "depth.png",
         "predictions.csv",
         "report.html",
@@ -74,9 +76,8 @@ def test_a_cache_of_another_hidden_size_is_refused(runs, tmp_path):
 
 def test_a_cache_of_another_identity_is_refused(runs, tmp_path):
     other = write_cache(tmp_path / "other")
-    manifest = json.loads((other / "manifest.json").read_text())
-    manifest["identity"]["prompt"] = "Rate: {text}"
-    (other / "manifest.json").write_text(json.dumps(manifest))
+    manifest = open_cache(other).manifest
+    replace(manifest, identity=replace(manifest.identity, prompt="Rate: {text}")).save(other)
     with pytest.raises(CacheError, match=r"prompt is '\{text\}' there and 'Rate: \{text\}' here"):
         evaluate_runs(runs, cache=other)
 
@@ -92,6 +93,35 @@ def test_a_missing_split_a_missing_cache_and_unlabelled_rows_are_refused(runs, t
     unlabelled = write_cache(tmp_path / "u", label=float("nan"))
     with pytest.raises(DataError, match="32 of 32 rows of the split 'test' have no label to compare with"):
         evaluate_runs(runs, cache=unlabelled)
+
+
+def test_cells_that_diverged_are_named_in_table_and_report_and_count_nowhere(cache, runs, tmp_path, run_cli):
+    some = shutil.copytree(runs, tmp_path / "runs")
+    run = load_run(some / "relish-L2-seed1")
+    shutil.rmtree(run.path)
+    cell = DivergedCell(diverged_path(some, "relish-L2-seed1"), "relish", 2, 1, run.parameters, "by step 32", {})
+    save_diverged(cell)
+    shown = run_cli("evaluate", some, "--out", tmp_path / "report")
+    sentence = "relish, L = 2, seed 1, does not count: diverged in training: by step 32."
+    assert (shown.exit_code, sentence in " ".join(shown.stdout.split())) == (0, True)
+    assert sentence in (tmp_path / "report/report.html").read_text(encoding="utf-8")
+    figures = json.loads((tmp_path / "report/results.json").read_text())
+    assert [c["status"] for c in figures["cells"] if "status" in c] == ["diverged in training: by step 32"]
+    assert [g["seeds"] for g in figures["groups"]] == [1, 2, 1]
+    with (tmp_path / "report/predictions.csv").open() as file:
+        assert sum(1 for _ in csv.DictReader(file)) == 4 * 32
+    for path in some.glob("*-seed*/config.json"):
+        path.parent.rename(tmp_path / path.parent.name)
+    with pytest.raises(RunError, match="only 1 that diverged; make some with: relish train CACHE --out .* --lr X"):
+        evaluate_runs(some)
+
+
+def test_a_plot_of_an_earlier_report_does_not_stay_beside_the_new_figures(runs, tmp_path):
+    evaluate_runs(runs, out=tmp_path)
+    (tmp_path / "notes.txt").touch()
+    evaluate_runs(runs / "relish-L1-seed0", out=tmp_path)
+    assert not (tmp_path / "depth.png").exists()
+    assert (tmp_path / "notes.txt").exists()
 
 
 def test_training_and_evaluating_never_import_transformers(cache, tmp_path):

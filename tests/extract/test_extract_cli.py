@@ -56,6 +56,7 @@ def test_a_table_becomes_a_cache(extract, table, tmp_path):
         "bytes": sum(path.stat().st_size for path in (tmp_path / "c").glob("*.h5")),
         "padding_overhead": pytest.approx(1.0, abs=0.05),
         "computed_tokens": int(cache.split("train").lengths.sum()),
+        "skipped": [],
     }
     assert "label range 0 to 5, taken from the training split (--label-range sets it)\n" in result.stderr
 
@@ -97,7 +98,7 @@ def test_an_interruption_says_how_to_go_on(extract, table, monkeypatch):
     monkeypatch.setattr(Backbone, "hidden_states", interrupt)
     result = extract("--data", f"train={table()}", "--label-range", "0,5")
     assert result.exit_code == 130
-    assert "interrupted; run the same command again to go on where it stopped" in result.stderr
+    assert "interrupted; what is finished is kept: run the same command again to go on" in result.stderr
 
 
 # Wrong input

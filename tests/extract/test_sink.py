@@ -80,8 +80,8 @@ def test_a_value_that_is_not_finite_is_named_by_row(bad, dtype):
     with pytest.raises(DataError) as caught, open_sink(shard) as sink:
         sink.put(range(4), values)
     assert str(caught.value) == (
-        "the backbone gave NaN or infinity for row 3 of train (id 'r2'); nothing of this shard was kept. "
-        "Try --compute-dtype float32, or take the row out"
+        "row 3 of train (id 'r2') has NaN or infinity in its hidden states; nothing of its shard was kept. "
+        "Try --compute-dtype float32, or --on-nonfinite skip to leave such rows out"
     )
 
 
@@ -98,7 +98,8 @@ def test_a_value_beyond_float16_is_named_with_the_largest():
     with pytest.raises(DataError) as caught, open_sink(Shard("float16")) as sink:
         sink.put(range(4), values)
     assert str(caught.value) == (
-        "row 2 of train (id 'r1') has a hidden state of 77,595, and float16 ends at 65,504; use --dtype bfloat16"
+        "row 2 of train (id 'r1') has a hidden state of 77,595, and float16 ends at 65,504; nothing of its shard was "
+        "kept. Try --dtype bfloat16, or --on-nonfinite skip to leave such rows out"
     )
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from relish.cache.errors import RunError
 from relish.cache.reader import open_cache
 from relish.train.data import Rows
-from relish.train.grid import CellName, grid_cells, train_heads
+from relish.train.grid import grid_cells, train_heads
 from relish.train.loop import predict_rows
 from relish.train.run import load_head, load_run
 from relish.train.settings import HEADS, TrainSettings
@@ -124,7 +124,7 @@ def test_another_validation_split_is_refused(tmp_path):
 def test_ridge_is_one_cell_whatever_the_seeds(cache, tmp_path):
     train_heads(cache, tmp_path / "r", TrainSettings(heads=("ridge",), **SMALL))
     train_heads(cache, tmp_path / "r", TrainSettings(heads=("ridge",), **{**SMALL, "seeds": (3,)}))
-    assert [path.name for path in (tmp_path / "r").iterdir()] == ["ridge-L0-seed0"]
+    assert [path.name for path in (tmp_path / "r").glob("[!.]*")] == ["ridge-L0-seed0"]
 
 
 def test_history_is_a_line_of_json_per_epoch_and_nothing_for_ridge(cache, tmp_path):
@@ -138,16 +138,22 @@ def test_a_damaged_run_is_named_and_not_taken_for_another_folder(cache, tmp_path
     train_heads(cache, tmp_path / "r", TrainSettings(depths=(1,), **SMALL))
     config = tmp_path / "r/relish-L1-seed0/config.json"
     config.write_text(config.read_text()[:-40])
-    with pytest.raises(RunError, match="config.json cannot be read .*; restore it from a copy, or train again"):
+    with pytest.raises(
+        RunError, match="config.json cannot be read .*; restore it from a copy, or delete .* and train again"
+    ):
         train_heads(cache, tmp_path / "r", TrainSettings(depths=(2,), **SMALL))
 
 
 def test_a_cell_that_diverges_is_marked_and_the_others_go_on(tmp_path):
     cache = write_cache(tmp_path / "c", fill=3e38)
-    settings = TrainSettings(heads=("linear", "mlp"), standardise=False, **{**SMALL, "epochs": 1})
+    settings = TrainSettings(heads=("linear", "mlp", "ridge-mean"), standardise=False, **{**SMALL, "epochs": 1})
     result = train_heads(cache, tmp_path / "r", settings)
-    assert result.diverged == [CellName("linear", 0, 0), CellName("mlp", 0, 0)]
-    assert not list((tmp_path / "r").glob("*-seed0"))
+    assert [str(cell) for cell in result.diverged] == ["linear-L0-seed0", "mlp-L0-seed0", "ridge-mean-L0-seed0"]
+    assert sorted(path.name for path in (tmp_path / "r").glob("[!.]*")) == [
+        "linear-L0-seed0.diverged.json",
+        "mlp-L0-seed0.diverged.json",
+        "ridge-mean-L0-seed0.diverged.json",
+    ]
 
 
 def test_several_layers_one_is_picked(tmp_path):

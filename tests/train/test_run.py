@@ -1,10 +1,16 @@
+import hashlib
+import io
 import json
+import pickle
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from relish.cache.errors import RunError
+from relish.cache.jsonfile import sealed_text
 from relish.train.grid import train_heads
 from relish.train.run import find_runs, load_head, load_run
 from relish.train.settings import TrainSettings
@@ -37,34 +43,115 @@ def test_folders_that_hold_no_run_are_refused(run, tmp_path):
         find_runs(tmp_path / "nowhere")
 
 
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def seal(run, content):
+    """Put a file in the place of the weights and make config.json vouch for it, as only forgery would."""
+    (run / "model.safetensors").write_bytes(content)
+    config = json.loads((run / "config.json").read_text())
+    del config["sha256"]
+    config["weights_sha256"] = hashlib.sha256(content).hexdigest()
+    (run / "config.json").write_text(sealed_text(config), encoding="utf-8")
+
+
 def test_weights_that_are_damaged_are_refused(run):
     path = run / "model.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-5])
-    with pytest.raises(RunError, match="model.safetensors is damaged"):
+    with pytest.raises(
+        RunError, match="model.safetensors is damaged: .*; restore it from a copy, or delete .*seed0 and"
+    ):
         load_head(run)
     path.unlink()
-    with pytest.raises(RunError, match="has no model.safetensors"):
+    with pytest.raises(RunError, match=r"model.safetensors cannot be read \(No such file"):
         load_head(run)
+
+
+def test_any_flipped_bit_in_the_weights_is_found(run):
+    path = run / "model.safetensors"
+    whole = path.read_bytes()
+    for place in np.linspace(0, len(whole) - 1, 40).astype(int):
+        content = bytearray(whole)
+        content[place] ^= 1  # the lowest bit of a mantissa as well, where no NaN shows it
+        path.write_bytes(content)
+        with pytest.raises(RunError, match="model.safetensors is damaged"):
+            load_head(run)
     path.write_bytes(whole)
-    state = load_file(path)
-    save_file({**state, "latent": torch.full_like(state["latent"], float("nan"))}, path)
-    with pytest.raises(RunError, match="holds NaN"):
+    load_head(run)
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.json"])
+def test_any_flipped_bit_in_the_settings_and_the_figures_is_found(run, name):
+    whole = (run / name).read_bytes()
+    for place in range(len(whole)):
+        content = bytearray(whole)
+        content[place] ^= 1 << place % 7
+        (run / name).write_bytes(content)
+        with pytest.raises(RunError, match="seed0"):
+            load_run(run)
+
+
+def test_weights_of_another_shape_or_with_nan_are_refused_even_if_vouched_for(run):
+    state = load_file(run / "model.safetensors")
+    seal(run, save({**state, "latent": torch.full_like(state["latent"], float("nan"))}))
+    with pytest.raises(RunError, match="model.safetensors holds NaN"):
         load_head(run)
-    save_file({**state, "latent": torch.zeros(31)}, path)
-    with pytest.raises(RunError, match="does not fit the settings in config.json"):
+    seal(run, save({**state, "latent": torch.zeros(31)}))
+    with pytest.raises(RunError, match="model.safetensors does not fit the settings in config.json"):
         load_head(run)
+    seal(run, save({name: value for name, value in state.items() if name != "latent"}))
+    with pytest.raises(RunError, match="model.safetensors does not fit the settings in config.json"):
+        load_head(run)
+    seal(run, b"\xff" * 100)
+    with pytest.raises(RunError, match="model.safetensors is no safetensors file"):
+        load_head(run)
+
+
+def test_pickle_is_never_loaded(run, tmp_path):
+    whole = (run / "model.safetensors").read_bytes()
+    evil = pickle.dumps(Evil(tmp_path / "owned"))
+    zipped = io.BytesIO()
+    torch.save(Evil(tmp_path / "owned"), zipped)
+    for content in (evil, zipped.getvalue()):
+        seal(run, content)
+        with pytest.raises(RunError, match="model.safetensors is no safetensors file"):
+            load_head(run)
+    seal(run, whole)
+    for name in ("model.bin", "pytorch_model.bin", "model.pt", "model.pkl"):
+        (run / name).write_bytes(zipped.getvalue())
+    load_head(run)
+    (run / "model.safetensors").unlink()  # nothing beside it takes its place
+    with pytest.raises(RunError, match="cannot be read"):
+        load_head(run)
+    assert not (tmp_path / "owned").exists()
+    pickle.loads(evil)
+    assert (tmp_path / "owned").exists()  # the pickle would have done something
 
 
 def test_configs_that_are_damaged_or_of_another_version_are_refused(run):
     path = run / "config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "version": 9}))
-    with pytest.raises(RunError, match="has format version 9, and this relish reads version 1"):
+    whole = path.read_text()
+    path.write_text(json.dumps({**json.loads(whole), "version": 9}))
+    with pytest.raises(RunError, match="has format version 9, and this relish reads version 2"):
         load_run(run)
-    path.write_text(json.dumps({name: value for name, value in config.items() if name != "layer"}))
+    path.write_text(whole.replace("5.0", "9.0"))
+    with pytest.raises(RunError, match="config.json is not as relish wrote it: it was edited or damaged"):
+        load_run(run)
+    config = json.loads(whole)
+    del config["sha256"], config["layer"]
+    path.write_text(sealed_text(config))
     with pytest.raises(RunError, match="is damaged: its config.json lacks 'layer'"):
         load_run(run)
     path.write_text("{")
     with pytest.raises(RunError, match="cannot be read"):
+        load_run(run)
+    path.write_text(whole)
+    (run / "metrics.json").unlink()
+    with pytest.raises(RunError, match="has no metrics.json; restore it"):
         load_run(run)

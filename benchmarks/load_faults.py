@@ -1,0 +1,205 @@
+"""A load run: an extraction of many rows that is killed again and again, and what comes out in the end.
+
+    python benchmarks/load_faults.py --out load_faults.json
+    python benchmarks/load_faults.py --rows 20000 --kills 200
+
+A tiny random model reads the rows. Processes that run `relish extract` are killed (SIGKILL) at random moments, start-up
+included, and started again; each finished cache is compared, byte for byte, with that of an unbroken run. When a cache
+is finished before all kills are done, the next one begins. To save the minutes that importing torch would take, each
+process is forked from this one, which has imported everything and computed nothing.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from random import Random
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+WORDS = ("warm", "clever", "bright", "moving", "fresh", "dull", "clumsy", "bleak", "noisy", "stale", "film", "play")
+
+
+def make_model(folder: Path) -> None:
+    """A llama of two layers, 32 wide, over a vocabulary of words."""
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {word: number for number, word in enumerate(["<pad>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", model_max_length=128
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
+def make_rows(path: Path, count: int) -> None:
+    draw = Random(0)
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            text = " ".join(draw.choice(WORDS) for _ in range(4 + int(draw.paretovariate(1.3)) % 60))
+            file.write(json.dumps({"id": number, "text": text, "score": round(draw.uniform(0, 5), 2)}) + "\n")
+
+
+def fork(task) -> int:
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            task()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+        finally:
+            os._exit(code)
+    return pid
+
+
+def extract(words: list[str]) -> None:
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    os.dup2(nothing, 2)
+    from relish.cli import main
+
+    sys.argv = words
+    main()
+
+
+def wait(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def listed(folder: Path) -> dict[str, int]:
+    """Each listed shard, and when it was written."""
+    from relish.cache.manifest import load_manifest
+
+    if not (folder / "manifest.json").exists():
+        return {}
+    records = load_manifest(folder).splits["train"].shards
+    return {record.file: (folder / record.file).stat().st_mtime_ns for record in records}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=20_000)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--shard-rows", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("load_faults.json"))
+    parser.add_argument("--keep", type=Path, help="keep the last finished cache under this name")
+    given = parser.parse_args()
+
+    import torch
+    import transformers  # noqa: F401
+    from transformers import AutoConfig, AutoModel, AutoTokenizer, LlamaModel  # noqa: F401
+
+    import relish.cli
+    import relish.extract.live
+    import relish.extract.pipeline  # noqa: F401
+    from relish.cache.reader import open_cache
+    from relish.cache.verify import verify_cache
+
+    torch.set_num_threads(1)
+    draw = Random(given.seed)
+    home = Path(tempfile.mkdtemp(prefix="load-faults-"))
+    model, table = home / "model", home / "train.jsonl"
+    assert wait(fork(lambda: make_model(model))) == 0
+    make_rows(table, given.rows)
+
+    def words(folder: Path) -> list[str]:
+        shape = ["--label-range", "0,5", "--device", "cpu", "--shard-rows", str(given.shard_rows)]
+        return ["relish", "extract", str(folder), "--model", str(model), "--data", f"train={table}", *shape]
+
+    began = time.monotonic()
+    whole = home / "whole"
+    pid = fork(lambda: extract(words(whole)))
+    while not listed(whole):
+        time.sleep(0.01)
+        assert os.waitpid(pid, os.WNOHANG)[0] == 0 or listed(whole), "the unbroken run failed"
+    first = time.monotonic() - began
+    assert wait(pid) == 0
+    unbroken = time.monotonic() - began
+    expected, planned = contents(whole), len(listed(whole))
+    per_shard = (unbroken - first) / max(planned - 1, 1)
+    print(f"unbroken: {given.rows:,} rows, {planned} shards, {unbroken:.1f} s, the first shard after {first:.1f} s")
+
+    kills, caches, attempts, without_progress = 0, 0, 0, 0
+    most_lost, touched, different = 0, 0, 0
+    began = time.monotonic()
+    while kills < given.kills or caches == 0:
+        folder, before = home / f"cache-{caches}", {}
+        while True:
+            pid = fork(lambda folder=folder: extract(words(folder)))
+            attempts += 1
+            if kills < given.kills:
+                time.sleep(draw.uniform(0, first + 3 * per_shard))
+                os.kill(pid, signal.SIGKILL)
+            code = wait(pid)
+            after = listed(folder) if folder.exists() else {}
+            touched += sum(after.get(name) != moment for name, moment in before.items())
+            if folder.exists():
+                unlisted = {path.name for path in folder.glob("*.h5")} - set(after)
+                unlisted |= {path.name[1:].removesuffix(".tmp") for path in folder.glob(".*.h5.tmp")}
+                most_lost = max(most_lost, len(unlisted))
+            without_progress += code != 0 and after == before
+            before = after
+            if code == 0:
+                break
+            assert code == -signal.SIGKILL, f"the extraction failed with exit code {code}"
+            kills += 1
+            if kills % 20 == 0:
+                print(f"{kills} kills, cache {caches + 1}, {len(after)} of {planned} shards")
+        different += contents(folder) != expected
+        assert verify_cache(open_cache(folder)) == []
+        caches += 1
+        if kills < given.kills or given.keep is None:
+            shutil.rmtree(folder)
+        else:
+            shutil.move(folder, given.keep)
+    result = {
+        "rows": given.rows,
+        "tokens": open_cache(whole).manifest.splits["train"].tokens,
+        "shards": planned,
+        "bytes": sum(map(len, expected.values())),
+        "kills": kills,
+        "attempts": attempts,
+        "kills_without_progress": without_progress,
+        "caches_finished": caches,
+        "caches_that_differ": different,
+        "most_shards_lost_by_a_kill": most_lost,
+        "finished_shards_touched": touched,
+        "seconds_unbroken": round(unbroken, 1),
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    given.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=2))
+    shutil.rmtree(home)
+    if different or touched or most_lost > 1:
+        sys.exit("finished work was lost, or a finished cache differs")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Evaluating and predicting under faults: old results stay whole, damaged heads give no number."""
+
+import json
+import shutil
+import signal
+import sys
+
+import pytest
+
+from relish.cache.errors import RunError
+from relish.cache.lock import lock_folder
+from relish.train.grid import train_heads
+from relish.train.settings import TrainSettings
+
+from ..disk import fill, interrupted, read_only, small_disk
+from .conftest import SMALL
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in (".lock", "filler")}
+
+
+@pytest.fixture(scope="module")
+def run(tiny_cache, tmp_path_factory):
+    out = tmp_path_factory.mktemp("faults") / "runs"
+    train_heads(tiny_cache, out, TrainSettings(depths=(1,), **SMALL))
+    return out / "relish-L1-seed0"
+
+
+@pytest.fixture
+def predict_words(run, tiny_model, tiny_rows, tmp_path):
+    data = tmp_path / "data" / "new.jsonl"
+    data.parent.mkdir()
+    data.write_text("".join(json.dumps({"text": row["text"]}) + "\n" for row in tiny_rows(40, 3)), encoding="utf-8")
+    return ["predict", run, "--model", tiny_model("llama"), "--data", data, "--device", "cpu", "--out"]
+
+
+# damaged heads
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "metrics.json"])
+def test_a_run_that_changed_gives_no_number(run, tiny_model, predict_words, tmp_path, run_cli, name):
+    copy = shutil.copytree(run.parent, tmp_path / "runs") / run.name
+    content = bytearray((copy / name).read_bytes())
+    content[-40] ^= 1  # in the weights: the lowest bits of a mantissa
+    (copy / name).write_bytes(content)
+    predict_words[1] = copy
+    out = tmp_path / "scores.csv"
+    for result in (run_cli("evaluate", copy.parent), run_cli(*predict_words, out)):
+        assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+        assert result.stderr.startswith(f"error: {copy / name} is ")
+        assert result.stderr.endswith(f"; restore it from a copy, or delete {copy} and train again\n")
+    assert not out.exists()
+
+
+# the disk
+
+
+def test_a_full_disk_leaves_the_old_report_as_it_was(runs, tmp_path, run_cli):
+    with small_disk(tmp_path / "disk", "4m") as disk:
+        words = ["evaluate", runs, "--out", disk]
+        assert run_cli(*words, "--split", "dev").exit_code == 0
+        old = contents(disk)
+        for leave in (0, 8_192, 65_536, 250_000):
+            filler = fill(disk, leave)
+            result = run_cli(*words)
+            assert (result.exit_code, result.stderr.count("\n")) == (2, 1), leave
+            assert result.stderr.startswith(
+                f"error: {disk} cannot be written (No space left on device); what the folder held before is kept: free "
+            )
+            assert contents(disk) == old
+            filler.unlink()
+        assert run_cli(*words).exit_code == 0
+        assert contents(disk).keys() == old.keys()
+        assert all(contents(disk)[name] != old[name] for name in old)
+
+
+def test_a_read_only_report_folder_is_named(runs, tmp_path, run_cli):
+    assert run_cli("evaluate", runs, "--out", tmp_path / "r", "--split", "dev").exit_code == 0
+    old = contents(tmp_path / "r")
+    with read_only(tmp_path / "r"):
+        result = run_cli("evaluate", runs, "--out", tmp_path / "r")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert result.stderr.startswith(f"error: {tmp_path / 'r'} cannot be written (Read-only file system)")
+    assert contents(tmp_path / "r") == old
+
+
+def test_two_reports_into_one_folder_at_the_same_time(runs, tmp_path, run_cli):
+    with lock_folder(tmp_path, RunError):
+        result = run_cli("evaluate", runs, "--out", tmp_path)
+    assert result.exit_code == 2
+    assert f"another process is writing into {tmp_path}" in result.stderr
+    (tmp_path / ".report.tmp").mkdir()
+    (tmp_path / ".report.tmp" / "report.html").write_text("half")  # of a dead process
+    assert run_cli("evaluate", runs, "--out", tmp_path).exit_code == 0
+    assert not (tmp_path / ".report.tmp").exists()
+
+
+def test_a_full_disk_leaves_the_old_scores_as_they_were(predict_words, tmp_path, run_cli):
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        out = disk / "scores.csv"
+        out.write_text("old")
+        filler = fill(disk, 0)
+        result = run_cli(*predict_words, out)
+        assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.stderr
+        assert result.stderr.startswith(
+            f"error: {out} cannot be written (No space left on device); no scores were written: free space or give "
+        )
+        assert contents(disk) == {"scores.csv": b"old"}
+        filler.unlink()
+        assert run_cli(*predict_words, out).exit_code == 0
+        assert len(out.read_text().splitlines()) == 41
+
+
+def test_scores_into_a_read_only_folder(predict_words, tmp_path, run_cli):
+    with read_only(tmp_path / "r"):
+        result = run_cli(*predict_words, tmp_path / "r" / "scores.csv")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert f"{tmp_path / 'r' / 'scores.csv'} cannot be written (Read-only file system)" in result.stderr
+
+
+# signals
+
+SIGNALS = pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+SLOW = """
+def slow(real):
+    def call(*arguments, **options):
+        result = real(*arguments, **options)
+        print("at work", file=sys.stderr, flush=True)
+        time.sleep(30)
+        return result
+    return call
+"""
+
+
+def check_interrupted(ended, said, code):
+    assert ended == code, said
+    assert said.splitlines()[-1].startswith("interrupted; ")
+    assert "run the same command again" in said
+    assert "Traceback" not in said
+
+
+@SIGNALS
+@pytest.mark.parametrize("step", ["results.predict_rows", "report.plot_scatter"])
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+def test_an_interrupted_evaluation_leaves_the_old_report(runs, tmp_path, number, code, step):
+    module, name = step.split(".")
+    (tmp_path / "report.html").write_text("old")
+    slow = f"{SLOW}\nimport relish.evaluate.{module} as module\nmodule.{name} = slow(module.{name})"
+    words = ["evaluate", runs, "--out", tmp_path]
+    check_interrupted(*interrupted(words, number, slow=slow, until=lambda line: line == "at work\n"), code)
+    assert contents(tmp_path) == {"report.html": b"old"}
+
+
+@SIGNALS
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+def test_an_interrupted_prediction_leaves_the_old_scores(predict_words, tmp_path, number, code):
+    out = tmp_path / "out" / "scores.csv"
+    out.parent.mkdir()
+    out.write_text("old")
+    slow = f"{SLOW}\nfrom relish.evaluate.predict import Backbone as b\nb.hidden_states = slow(b.hidden_states)"
+    check_interrupted(
+        *interrupted([*predict_words, out], number, slow=slow, until=lambda line: line == "at work\n"), code
+    )
+    assert contents(out.parent) == {"scores.csv": b"old"}

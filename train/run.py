@@ -22,7 +22,7 @@ from .heads import Head, HeadSpec, build_head, count_parameters
 from .saving import write_synced, writing
 
 FORMAT = "relish run"
-VERSION = 2
+VERSION = 1
 _METRICS_FORMAT = "relish run metrics"
 _CELL = r"[a-z].*-L\d+-seed\d+"
 

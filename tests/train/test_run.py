@@ -138,7 +138,7 @@ def test_configs_that_are_damaged_or_of_another_version_are_refused(run):
     path = run / "config.json"
     whole = path.read_text()
     path.write_text(json.dumps({**json.loads(whole), "version": 9}))
-    with pytest.raises(RunError, match="has format version 9, and this relish reads version 2"):
+    with pytest.raises(RunError, match="has format version 9, and this relish reads version 1"):
         load_run(run)
     path.write_text(whole.replace("5.0", "9.0"))
     with pytest.raises(RunError, match="config.json is not as relish wrote it: it was edited or damaged"):

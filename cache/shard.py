@@ -217,11 +217,9 @@ def read_index(folder: Path, record: ShardRecord, layout: HiddenLayout) -> RowIn
     try:
         with h5py.File(path, "r") as file:
             ids = _read(file, "id")
-            shape, hidden = (record.rows, layout.T), file["hidden"]
-            if file["mask"].shape != shape or (hidden.shape, hidden.id.get_offset()) != (
-                layout.shape(record.rows),
-                record.offset,
-            ):
+            mask, hidden = _dataset(file, "mask"), _dataset(file, "hidden")
+            place = (hidden.shape, hidden.id.get_offset())
+            if mask.shape != (record.rows, layout.T) or place != (layout.shape(record.rows), record.offset):
                 raise ValueError("its shape is not that of the manifest")
             return RowIndex(
                 lengths=_read(file, "mask").sum(axis=1, dtype=np.int64),
@@ -266,7 +264,11 @@ def way_out(folder: Path) -> str:
 
 
 def _read(file: Any, name: str) -> np.ndarray:
-    return file[name][()]
+    return _dataset(file, name)[()]
+
+
+def _dataset(file: Any, name: str) -> Any:
+    return file[name]
 
 
 def _hash_around(descriptor: int, size: int, start: int, length: int) -> str:

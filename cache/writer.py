@@ -182,10 +182,11 @@ class SplitWriter:
             SkippedRow(row=int(members[position]), id=rows.ids[members[position]], shard=number, why=why)
             for position, why in writer.skipped.items()
         ]
+        shards = self.record.shards if record is None else (*self.record.shards, record)
         split = replace(
             self.record,
             skipped=tuple(sorted([*self.record.skipped, *skipped], key=lambda row: (row.shard, row.row))),
-            shards=tuple(sorted([*self.record.shards, *([record] if record else [])], key=lambda shard: shard.number)),
+            shards=tuple(sorted(shards, key=lambda shard: shard.number)),
         )
         manifest = replace(self._cache.manifest, splits={**self._cache.manifest.splits, self._name: split})
         manifest.save(folder)

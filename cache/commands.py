@@ -40,7 +40,7 @@ def info(
         done = f"{split['shards']}" if split["complete"] else f"{split['shards']} of {split['planned']}"
         splits.add_row(
             name,
-            f"{split['rows']:,}",
+            f"{split['rows']:,}" + (f" ({len(split['skipped'])} skipped)" if split["skipped"] else ""),
             f"{split['tokens']:,}",
             f"{split['longest']}" + (f" ({split['truncated']} cut)" if split["truncated"] else ""),
             done,

@@ -182,6 +182,6 @@ def _split_record(name: str, value: dict[str, Any]) -> SplitRecord:
 def _checked(record: Any) -> Any:
     for name, kind in type(record).__annotations__.items():
         value = getattr(record, name)
-        if kind in (int, str) and (type(value) is not kind or (isinstance(value, int) and value < 0)):
+        if (kind is int and not (type(value) is int and value >= 0)) or (kind is str and not isinstance(value, str)):
             raise ValueError(f"{type(record).__name__}.{name} is {value!r}")
     return record

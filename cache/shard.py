@@ -216,20 +216,23 @@ def read_index(folder: Path, record: ShardRecord, layout: HiddenLayout) -> RowIn
     check_index(path, record, layout)
     try:
         with h5py.File(path, "r") as file:
-            ids = _read(file, "id")
-            mask, hidden = _dataset(file, "mask"), _dataset(file, "hidden")
-            place = (hidden.shape, hidden.id.get_offset())
-            if mask.shape != (record.rows, layout.T) or place != (layout.shape(record.rows), record.offset):
+            ids, mask = _read(file, "id"), _read(file, "mask")
+            hidden: Any = file["hidden"]
+            if (mask.shape, hidden.shape, hidden.id.get_offset()) != (
+                (record.rows, layout.T),
+                layout.shape(record.rows),
+                record.offset,
+            ):
                 raise ValueError("its shape is not that of the manifest")
             return RowIndex(
-                lengths=_read(file, "mask").sum(axis=1, dtype=np.int64),
+                lengths=mask.sum(axis=1, dtype=np.int64),
                 input_ids=_read(file, "input_ids"),
                 target=_read(file, "target"),
                 row=_read(file, "row"),
                 ids=np.array([value.decode("utf-8") for value in ids], dtype=object),
                 checksum=_read(file, "checksum"),
             )
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise CacheError(f"{path} is not a shard this relish can read ({error}); {way_out(path.parent)}") from None
 
 
@@ -264,11 +267,7 @@ def way_out(folder: Path) -> str:
 
 
 def _read(file: Any, name: str) -> np.ndarray:
-    return _dataset(file, name)[()]
-
-
-def _dataset(file: Any, name: str) -> Any:
-    return file[name]
+    return file[name][()]
 
 
 def _hash_around(descriptor: int, size: int, start: int, length: int) -> str:

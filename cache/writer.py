@@ -182,7 +182,7 @@ class SplitWriter:
             SkippedRow(row=int(members[position]), id=rows.ids[members[position]], shard=number, why=why)
             for position, why in writer.skipped.items()
         ]
-        shards = [*self.record.shards, record] if record is not None else [*self.record.shards]
+        shards = self.record.shards if record is None else (*self.record.shards, record)
         split = replace(
             self.record,
             skipped=tuple(sorted([*self.record.skipped, *skipped], key=lambda row: (row.shard, row.row))),

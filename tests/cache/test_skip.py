@@ -94,3 +94,8 @@ def test_a_split_with_skipped_rows_is_merged(make, tmp_path):
     folder = fill(make, tmp_path / "c", make.rows(), BAD)
     merge_caches(tmp_path / "all", [folder])
     assert make.contents(tmp_path / "all") == make.contents(folder)
+
+
+def test_info_says_how_many_were_skipped(make, tmp_path, run_cli):
+    folder = fill(make, tmp_path / "c", make.rows(), BAD)
+    assert "10 (3 skipped)" in run_cli("cache", "info", folder).stdout

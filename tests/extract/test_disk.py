@@ -10,23 +10,14 @@ from pathlib import Path
 
 import pytest
 
-SIZE = 1 << 20
+from ..disk import fill, small_disk
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def disk(tmp_path):
     """A folder that holds a megabyte."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    try:
-        command = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(place)]
-        made = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("there is no mount command here")
-    if made.returncode != 0:
-        pytest.skip(f"a small file system cannot be mounted here: {made.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    with small_disk(tmp_path / "disk", "1m") as place:
+        yield place
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +44,6 @@ def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def fill_up(place, leave):
-    """Take all the space but `leave` bytes."""
-    left = os.statvfs(place)
-    (place / "ballast").write_bytes(bytes(left.f_bavail * left.f_frsize - leave))
-
-
 def shard_names(whole):
     return sorted(name for name in whole if name.endswith(".h5"))
 
@@ -77,13 +62,13 @@ def pages(size):
         (1, 0.5),  # inside the second
     ],
 )
-def test_a_disk_that_fills_up(command, whole, relish_process, small_disk, kept, share):
-    folder = small_disk / "c"
+def test_a_disk_that_fills_up(command, whole, relish_process, disk, kept, share):
+    folder = disk / "c"
     folder.mkdir()
     names = shard_names(whole)
     # Each manifest is written beside the one before it.
     room = sum(pages(len(whole[name])) + 4 * pages(1) for name in names[:kept])
-    fill_up(small_disk, room + int(share * len(whole[names[kept]])))
+    fill(disk, room + int(share * len(whole[names[kept]])))
     done = relish_process.run(*command(folder))
     assert (done.code, done.stdout) == (2, ""), done.stderr
     stopped = re.search(
@@ -99,50 +84,50 @@ def test_a_disk_that_fills_up(command, whole, relish_process, small_disk, kept, 
         name: data for name, data in left.items() if name.endswith(".h5")
     }
     assert not [name for name in left if name.endswith(".tmp")]
-    (small_disk / "ballast").unlink()
+    (disk / "filler").unlink()
     done = relish_process.run(*command(folder))
     assert done.code == 0, done.stderr
     assert files(folder) == whole
 
 
 @pytest.mark.parametrize("more", [0, 1])
-def test_a_disk_that_is_full_when_the_manifest_is_written(command, whole, relish_process, small_disk, more):
+def test_a_disk_that_is_full_when_the_manifest_is_written(command, whole, relish_process, disk, more):
     """Room for the first shard, to the page, and then for none or one of the two small files after it."""
-    folder = small_disk / "c"
+    folder = disk / "c"
     folder.mkdir()
     first = shard_names(whole)[0]
-    fill_up(small_disk, pages(len(whole[first])) + more * pages(1))
+    fill(disk, pages(len(whole[first])) + more * pages(1))
     done = relish_process.run(*command(folder))
     assert (done.code, done.stdout) == (2, ""), done.stderr
     name = ("manifest.copy.json", "manifest.json")[more]
     assert f"error: {folder / name} cannot be written (No space left on device); finished shards" in done.stderr
     assert sorted(files(folder)) == sorted([".lock", first, *(["manifest.copy.json"] if more else [])])
-    (small_disk / "ballast").unlink()
+    (disk / "filler").unlink()
     done = relish_process.run(*command(folder))
     assert done.code == 0, done.stderr
     assert files(folder) == whole
 
 
-def test_a_disk_that_fills_up_below_the_writer(command, whole, relish_process, small_disk, tmp_path):
+def test_a_disk_that_fills_up_below_the_writer(command, whole, relish_process, disk, tmp_path):
     """Without reservation, as where posix_fallocate is missing: the writing itself meets the full disk."""
-    folder = small_disk / "c"
+    folder = disk / "c"
     folder.mkdir()
-    fill_up(small_disk, 60_000)
+    fill(disk, 60_000)
     done = relish_process.run(*command(folder), without="posix_fallocate")
     assert (done.code, done.stdout) == (2, ""), done.stderr
     assert "cannot be written (No space left on device)" in done.stderr
     assert sorted(files(folder)) == [".lock"]
-    (small_disk / "ballast").unlink()
+    (disk / "filler").unlink()
     assert relish_process.run(*command(folder)).code == 0
     assert files(folder) == whole
 
 
-def test_the_code_is_that_of_a_fresh_interpreter_too(command, small_disk):
+def test_the_code_is_that_of_a_fresh_interpreter_too(command, disk):
     """No crash at the interpreter's exit, which a forked process would skip."""
-    (small_disk / "c").mkdir()
-    fill_up(small_disk, 40_000)
+    (disk / "c").mkdir()
+    fill(disk, 40_000)
     done = subprocess.run(
-        [sys.executable, "-m", "relish", *map(str, command(small_disk / "c"))],
+        [sys.executable, "-m", "relish", *map(str, command(disk / "c"))],
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
@@ -151,4 +136,4 @@ def test_the_code_is_that_of_a_fresh_interpreter_too(command, small_disk):
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert "cannot be written (No space left on device)" in done.stderr
-    assert Path(small_disk / "c" / ".lock").exists()
+    assert Path(disk / "c" / ".lock").exists()

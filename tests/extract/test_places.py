@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,8 @@ from relish.cache.verify import verify_cache
 from relish.extract.backbone import Backbone
 from relish.extract.pipeline import extract_cache
 from relish.extract.settings import ExtractSettings
+
+from ..disk import read_only
 
 
 @pytest.fixture
@@ -77,40 +78,19 @@ def test_a_cache_folder_that_is_a_link(extract, tmp_path):
     assert "everything was there already" in extract(tmp_path / "link").stdout
 
 
-@pytest.fixture
-def read_only(tmp_path):
-    """`read_only(folder)` makes a folder really read-only, for root as well."""
-    mounted = []
-
-    def mount(folder):
-        for words in (["--bind", folder, folder], ["-o", "remount,bind,ro", folder]):
-            done = subprocess.run(["mount", *map(str, words)], capture_output=True, check=False)
-            if done.returncode != 0:
-                pytest.skip("a folder cannot be mounted read-only here")
-            if words[0] == "--bind":
-                mounted.append(folder)
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", str(folder)], check=True)
+def test_a_read_only_folder(extract, tmp_path):
+    with read_only(tmp_path / "c") as folder:
+        refused(extract(folder), f"error: {folder / '.lock'}: Read-only file system")
+        refused(extract(folder / "new"), f"error: {folder / 'new'}: Read-only file system")
 
 
-def test_a_read_only_folder(extract, run_cli, tmp_path, read_only):
-    folder = tmp_path / "c"
-    folder.mkdir()
-    read_only(folder)
-    refused(extract(folder), f"error: {folder / '.lock'}: Read-only file system")
-    refused(extract(folder / "new"), f"error: {folder / 'new'}: Read-only file system")
-
-
-def test_a_finished_cache_on_a_read_only_file_system_is_read(extract, run_cli, tmp_path, read_only):
-    folder = tmp_path / "c"
-    extract(folder)
-    read_only(folder)
-    whole(folder)
-    assert run_cli("cache", "verify", folder).exit_code == 0
-    assert "everything was there already" in extract(folder).stdout
-    refused(run_cli("cache", "repair", folder), "Read-only file system")
+def test_a_finished_cache_on_a_read_only_file_system_is_read(extract, run_cli, tmp_path):
+    extract(tmp_path / "c")
+    with read_only(tmp_path / "c") as folder:
+        whole(folder)
+        assert run_cli("cache", "verify", folder).exit_code == 0
+        assert "everything was there already" in extract(folder).stdout
+        refused(run_cli("cache", "repair", folder), "Read-only file system")
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,8 @@ def predict_scores(
     data, out = Path(data), Path(out)
     if out.suffix.lower() != ".csv":
         raise DataError(f"the scores are written as CSV; give --out a name that ends in .csv, not {out.name!r}")
+    if out.exists() and data.exists() and out.samefile(data):
+        raise DataError(f"--out is the same file as --data, {data}, which would be lost; choose another name")
     if out.is_dir():
         raise DataError(f"{out} is a folder; --out takes the name of a file")
     _refuse("prompt", identity.prompt, prompt, trained)

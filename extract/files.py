@@ -99,7 +99,8 @@ def find_backbone(model: str | Path, *, gguf_file: str | None, revision: str | N
 
 def _from_hub(model: str, gguf_file: str | None, revision: str | None) -> BackboneFiles:
     hub: Any = require_extra("huggingface_hub", "extract", "Fetching a model")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+    looks_like_a_path = model.endswith(".gguf") or model.startswith((".", "~", "/"))
+    if looks_like_a_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
         raise BackboneError(f"no such model: {model!r} is no folder or GGUF file on this machine, and no hub id")
     weights = (gguf_file,) if gguf_file else _SAFE_WEIGHTS
     try:

@@ -47,3 +47,6 @@ class ExtractBar:
         self._tokens += tokens
         rate = self._tokens / max(time.monotonic() - self._started, 1e-9)
         self._progress.update(self._task, advance=tokens, rows=self._rows, rate=rate)
+        if self._progress.finished:  # now, so that what is printed next comes after it
+            self._progress.stop()
+            self._task = None

@@ -10,6 +10,7 @@ from rich.table import Table
 from .grid import CellName
 from .loop import EpochRecord
 
+_FEW_STEPS = 400  # the recipe was found on some 1,500
 _ROWS = 30  # of a grid that is larger, finished cells leave the screen first
 
 
@@ -38,6 +39,11 @@ class LiveTable:
         self._status = dict.fromkeys(cells, "waiting")
         self._steps = steps
         self._started = time.monotonic()
+        most = max(steps.values(), default=0)
+        if 1 < most < _FEW_STEPS:
+            self._console.print(
+                f"note: {most} steps per cell are few; on so few rows a larger --epochs usually helps", highlight=False
+            )
         if self._console.is_terminal:
             self._live.start()
 

@@ -56,6 +56,12 @@ def test_a_file_where_a_folder_should_be_is_named(runs, tmp_path):
     )
 
 
+def test_a_cache_in_place_of_runs(cache):
+    result = relish("evaluate", cache)
+    assert result.exit_code == 2
+    assert result.stderr == f"error: {cache} is a cache; train heads from it first: relish train {cache} --out RUNS\n"
+
+
 def test_no_runs(tmp_path):
     result = relish("evaluate", tmp_path)
     assert result.exit_code == 2

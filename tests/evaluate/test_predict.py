@@ -110,6 +110,9 @@ def test_rows_that_cannot_be_scored_are_named_before_the_backbone_loads(
 
 
 def test_where_the_scores_go(run, new, tiny_model, tmp_path, run_cli):
+    result = run_cli("predict", run, "--model", tiny_model("llama"), "--data", new, "--out", new)
+    assert (result.exit_code, "--out is the same file as --data" in result.stderr) == (2, True)
+    assert new.read_text(encoding="utf-8").startswith("id,text")
     result = run_cli("predict", run, "--model", tiny_model("llama"), "--data", new, "--out", tmp_path / "scores.json")
     assert "give --out a name that ends in .csv, not 'scores.json'" in result.stderr
     result = run_cli("predict", run.parent, "--model", tiny_model("llama"), "--data", new, "--out", tmp_path / "s.csv")

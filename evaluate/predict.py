@@ -4,6 +4,7 @@ import csv
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -111,7 +112,8 @@ def predict_scores(
     budget = Budget(batch_tokens or backbone.default_batch_tokens)
     stored = storage_dtype(identity.dtype).torch
 
-    def forward(rows: list[np.ndarray]) -> Any:
+    def forward(tokens: list[np.ndarray], batch: range) -> Any:
+        rows = [tokens[row] for row in batch]
         states = backbone.hidden_states(rows)[:, 0].to(stored)
         mask = torch.arange(states.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
         with torch.inference_mode():
@@ -131,9 +133,9 @@ def predict_scores(
             for rows, tokens in _tokenised(data, columns, identity, backbone):
                 scores = np.empty(len(tokens))
                 order = sorted(range(len(tokens)), key=lambda row: -len(tokens[row]))
-                lengths = [len(tokens[row]) for row in order]
-                batches = run_in_batches(lengths, budget, lambda b: forward([tokens[order[i]] for i in b]))  # noqa: B023
-                for batch, values in batches:
+                longest_first = [tokens[row] for row in order]
+                lengths = [len(row) for row in longest_first]
+                for batch, values in run_in_batches(lengths, budget, partial(forward, longest_first)):
                     scores[[order[i] for i in batch]] = values
                 if not np.isfinite(scores).all():
                     bad = done + int(np.argmin(np.isfinite(scores))) + 1

@@ -73,9 +73,8 @@ def extract_cache(cache: str | Path, settings: ExtractSettings, *, progress: Pro
     folder = Path(cache).resolve()
     note = progress.note if progress is not None else _ignore
     known = manifest_to_resume(folder)
-    data = load_texts(
-        settings, known.label_range if known is not None else None
-    )  # first: a hub model is gigabytes to fetch, a wrong column is not worth that
+    # Rows before the model: one of the hub is gigabytes to fetch, and a wrong column is not worth that.
+    data = load_texts(settings, known.label_range if known is not None else None)
     files = find_backbone(settings.model, gguf_file=settings.gguf_file, revision=settings.revision)
     if data.range_was_taken:
         low, high = data.label_range
@@ -108,7 +107,10 @@ def extract_cache(cache: str | Path, settings: ExtractSettings, *, progress: Pro
     pending = [(name, rows, split, number) for name, rows, split in splits for number in split.pending()]
     computed = 0
     started = time.perf_counter()
-    if pending or writer.lost_manifest:
+    if writer.lost_manifest and not pending:
+        with writer.writing():
+            pass  # entering puts the manifest back
+    if pending:
         with writer.writing():
             note(f"loading {files.name} ({backbone.compute_dtype}, {backbone.device})".replace("torch.", ""))
             backbone.load()

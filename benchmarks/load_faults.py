@@ -1,17 +1,20 @@
-"""A load run: an extraction of many rows that is killed again and again, and what comes out in the end.
+"""A load run: an extraction of many rows that is killed again and again, what comes out in the end, and training on it.
 
     python benchmarks/load_faults.py --out load_faults.json
     python benchmarks/load_faults.py --rows 20000 --kills 200
 
 A tiny random model reads the rows. Processes that run `relish extract` are killed (SIGKILL) at random moments, start-up
 included, and started again; each finished cache is compared, byte for byte, with that of an unbroken run. When a cache
-is finished before all kills are done, the next one begins. To save the minutes that importing torch would take, each
-process is forked from this one, which has imported everything and computed nothing.
+is finished before all kills are done, the next one begins. Then a head is trained on the last of them, and one on a
+tenth of the rows: the peak memory after each epoch shows whether it grows, with time or with rows. To save the minutes
+that importing torch would take, each process is forked from this one, which has imported everything but computed
+nothing.
 """
 
 import argparse
 import json
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -19,6 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 from random import Random
+
+from measure import machine
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -28,7 +33,7 @@ WORDS = ("warm", "clever", "bright", "moving", "fresh", "dull", "clumsy", "bleak
 
 
 def make_model(folder: Path) -> None:
-    """A llama of two layers, 32 wide, over a vocabulary of words."""
+    """A llama of two layers, 256 wide, over a vocabulary of words."""
     import torch
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -42,8 +47,8 @@ def make_model(folder: Path) -> None:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=256,
+        intermediate_size=256,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -56,7 +61,7 @@ def make_rows(path: Path, count: int) -> None:
     draw = Random(0)
     with path.open("w", encoding="utf-8") as file:
         for number in range(count):
-            text = " ".join(draw.choice(WORDS) for _ in range(4 + int(draw.paretovariate(1.3)) % 60))
+            text = " ".join(draw.choice(WORDS) for _ in range(8 + int(8 * draw.paretovariate(1.5)) % 90))
             file.write(json.dumps({"id": number, "text": text, "score": round(draw.uniform(0, 5), 2)}) + "\n")
 
 
@@ -88,6 +93,31 @@ def wait(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def train(cache: Path, out: Path, epochs: int, peaks: Path) -> None:
+    """Train one head; `peaks` gets the peak memory in MB before the training and after each epoch."""
+    from relish.train.grid import train_heads
+    from relish.train.settings import TrainSettings
+
+    seen = [peak_mb()]
+
+    class Memory:
+        def plan(self, *_: object) -> None: ...
+        def start(self, *_: object) -> None: ...
+        def step(self, *_: object) -> None: ...
+        def end(self, *_: object) -> None: ...
+        def epoch(self, *_: object) -> None:
+            seen.append(peak_mb())
+
+    settings = TrainSettings(depths=(1,), epochs=epochs, patience=epochs, threads=1, device="cpu")
+    train_heads(cache, out, settings, listener=Memory())
+    peaks.write_text(json.dumps(seen))
+
+
+def peak_mb() -> int:
+    per_mb = 1_000_000 if sys.platform == "darwin" else 1_000
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // per_mb
+
+
 def listed(folder: Path) -> dict[str, int]:
     """Each listed shard, and when it was written."""
     from relish.cache.manifest import load_manifest
@@ -107,9 +137,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--shard-rows", type=int, default=500)
+    parser.add_argument("--epochs", type=int, default=4, help="of the training at the end")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("load_faults.json"))
-    parser.add_argument("--keep", type=Path, help="keep the last finished cache under this name")
     given = parser.parse_args()
 
     import torch
@@ -118,7 +148,8 @@ def main() -> None:
 
     import relish.cli
     import relish.extract.live
-    import relish.extract.pipeline  # noqa: F401
+    import relish.extract.pipeline
+    import relish.train.grid  # noqa: F401
     from relish.cache.reader import open_cache
     from relish.cache.verify import verify_cache
 
@@ -128,8 +159,10 @@ def main() -> None:
     model, table = home / "model", home / "train.jsonl"
     assert wait(fork(lambda: make_model(model))) == 0
     make_rows(table, given.rows)
+    tenth = home / "tenth.jsonl"
+    make_rows(tenth, given.rows // 10)
 
-    def words(folder: Path) -> list[str]:
+    def words(folder: Path, table: Path = table) -> list[str]:
         shape = ["--label-range", "0,5", "--device", "cpu", "--shard-rows", str(given.shard_rows)]
         return ["relish", "extract", str(folder), "--model", str(model), "--data", f"train={table}", *shape]
 
@@ -149,13 +182,14 @@ def main() -> None:
     kills, caches, attempts, without_progress = 0, 0, 0, 0
     most_lost, touched, different = 0, 0, 0
     began = time.monotonic()
+    folder = whole
     while kills < given.kills or caches == 0:
         folder, before = home / f"cache-{caches}", {}
         while True:
             pid = fork(lambda folder=folder: extract(words(folder)))
             attempts += 1
             if kills < given.kills:
-                time.sleep(draw.uniform(0, first + 3 * per_shard))
+                time.sleep(draw.uniform(0, 2 * first + 3 * per_shard))
                 os.kill(pid, signal.SIGKILL)
             code = wait(pid)
             after = listed(folder) if folder.exists() else {}
@@ -175,10 +209,17 @@ def main() -> None:
         different += contents(folder) != expected
         assert verify_cache(open_cache(folder)) == []
         caches += 1
-        if kills < given.kills or given.keep is None:
+        if kills < given.kills:
             shutil.rmtree(folder)
-        else:
-            shutil.move(folder, given.keep)
+    seconds = time.monotonic() - began
+    assert wait(fork(lambda: extract(words(home / "tenth", tenth)))) == 0
+    peaks = {}
+    for name, cache in (("all rows", folder), ("a tenth of them", home / "tenth")):
+        file = home / f"{cache.name}-peaks.json"
+        pid = fork(lambda cache=cache, file=file: train(cache, home / f"{cache.name}-runs", given.epochs, file))
+        assert wait(pid) == 0, "the training failed"
+        peaks[name] = json.loads(file.read_text())
+        print(f"training on {name}: peak memory in MB before it and after each epoch: {peaks[name]}")
     result = {
         "rows": given.rows,
         "tokens": open_cache(whole).manifest.splits["train"].tokens,
@@ -192,13 +233,18 @@ def main() -> None:
         "most_shards_lost_by_a_kill": most_lost,
         "finished_shards_touched": touched,
         "seconds_unbroken": round(unbroken, 1),
-        "seconds": round(time.monotonic() - began, 1),
+        "seconds": round(seconds, 1),
+        "training_peak_mb": peaks,
+        "machine": machine(),
     }
     given.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2))
     shutil.rmtree(home)
     if different or touched or most_lost > 1:
         sys.exit("finished work was lost, or a finished cache differs")
+    first_epoch, last = peaks["all rows"][1], peaks["all rows"][-1]
+    if last > 1.05 * first_epoch or last > 1.15 * peaks["a tenth of them"][-1]:
+        sys.exit("training takes more memory with time, or with rows")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from .settings import TrainSettings
 
 _VALIDATION_NAMES = ("validation", "val", "dev", "trial")
 _AHEAD = 3  # batches read ahead
+_SAMPLE = 1 << 16  # tokens: their deviations are those of all to a per cent, and training starts at once
 
 
 @dataclass(frozen=True)
@@ -123,18 +124,26 @@ class Moments:
 
 
 def feature_moments(rows: Rows, pooling: str | None) -> Moments:
-    """Moments of what a head reads: each real token (pooling None), or the pooled vector of each row."""
+    """Moments of what a head reads, estimated from a sample of the rows, always the same one.
+
+    Args:
+        rows: the training rows.
+        pooling: None for the moments of each real token, otherwise those of the pooled vector of each row.
+    """
+    order = np.random.default_rng(0).permutation(len(rows))
+    enough = int(np.searchsorted(np.cumsum(rows.lengths[order]), _SAMPLE)) + 1
+    sample = Rows(rows.split, np.sort(rows.index[order[:enough]]))
     count, total, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     shift: Tensor | None = None
-    for hidden, mask, _ in read_ahead(rows, ordered_batches(rows.lengths)):
-        values = hidden[mask].float() if pooling is None else pool(hidden, mask, pooling)
+    for hidden, mask, _ in read_ahead(sample, ordered_batches(sample.lengths)):
+        values = hidden[mask].double() if pooling is None else pool(hidden, mask, pooling).double()
         if shift is None:
             shift = values.mean(dim=0)  # sums of squares far from the mean would lose digits
-        centred = values - shift
+        values -= shift
         count += len(values)
-        total = total + centred.sum(dim=0, dtype=torch.float64)
-        squares = squares + (centred * centred).sum(dim=0, dtype=torch.float64)
+        total = total + values.sum(dim=0)
+        squares = squares + values.square_().sum(dim=0)
     assert shift is not None
     mean = total / count
     std = (squares / count - mean * mean).clamp_min(0.0).sqrt()
-    return Moments(mean.float() + shift, std.float())
+    return Moments((mean + shift).float(), std.float())

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache.errors import SettingsError
-from .attention import FoldedCrossAttention
+from .refine import StepWeights, refine
 from .scale import InputScale, TargetScale
 
 
@@ -51,11 +51,13 @@ class RelishHead(nn.Module):
         if latent_size % num_heads:
             raise SettingsError(f"latent_size must be a multiple of num_heads, not {latent_size} with {num_heads}")
         self.hidden_size = hidden_size
+        self.num_heads = num_heads
+        self.dropout = dropout
         self.input_scale = InputScale(hidden_size)
         self.target_scale = TargetScale()
         self.input_projection = nn.Linear(hidden_size, latent_size)
         self.latent = nn.Parameter(torch.randn(latent_size) * 0.02)
-        self.steps = nn.ModuleList(RefinementStep(latent_size, num_heads, dropout) for _ in range(depth))
+        self.steps = nn.ModuleList(RefinementStep(latent_size, num_heads) for _ in range(depth))
         self.regressor = nn.Linear(latent_size, 1)
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
@@ -68,25 +70,19 @@ class RelishHead(nn.Module):
         Returns:
             (B,) predictions in the unit of the labels.
         """
-        mask = mask.bool()
-        bias = torch.zeros(mask.shape, device=hidden.device).masked_fill_(~mask, float("-inf")).unsqueeze(1)
-        # A third of a random batch is padding. On a GPU, finding the real tokens would wait for the device.
-        tokens = self._project(hidden, mask, real_only=hidden.device.type == "cpu")
-        state = self.latent.expand(len(hidden), -1)
-        for step in self.steps:
-            state = step(state, tokens, bias.to(tokens.dtype))
+        state = refine(
+            hidden,
+            mask.bool(),
+            self.input_projection.weight,
+            self.input_projection.bias,
+            self.latent,
+            [StepWeights(*step.parameters()) for step in self.steps],
+            mean=self.input_scale.mean,
+            scale=self.input_scale.scale,
+            heads=self.num_heads,
+            dropout=self.dropout if self.training else 0.0,
+        )
         return self.target_scale(self.regressor(state).squeeze(-1))
-
-    def _project(self, hidden: Tensor, mask: Tensor, *, real_only: bool) -> Tensor:
-        """W_p H + b_p of standardised hidden states: (B, T, D) to (B, T, d), finite where padded."""
-        weight, shift = self.input_scale.fold(self.input_projection.weight, self.input_projection.bias)
-        if real_only:
-            tokens = weight.new_zeros(*mask.shape, len(weight))
-            tokens[mask] = nn.functional.linear(hidden[mask].to(weight.dtype), weight, shift)
-            return tokens
-        # Padding may hold anything, and 0 × NaN is NaN: it must be zero, not only unattended.
-        hidden = hidden.to(weight.dtype).masked_fill(~mask.unsqueeze(-1), 0.0)
-        return nn.functional.linear(hidden, weight, shift)
 
     def load_published_state_dict(self, published: Mapping[str, Tensor]) -> None:
         """Load weights in the layout of the authors' module.
@@ -116,22 +112,16 @@ class RelishHead(nn.Module):
 
 
 class RefinementStep(nn.Module):
-    """One step: read the tokens, then think; both with a residual and a LayerNorm after it."""
+    """The weights of one step, registered in the order of StepWeights; `refine` computes with them."""
 
-    def __init__(self, latent_size: int, num_heads: int, dropout: float) -> None:
+    def __init__(self, latent_size: int, num_heads: int) -> None:
         super().__init__()
-        self.attention = FoldedCrossAttention(latent_size, num_heads)
+        self.attention = nn.MultiheadAttention(latent_size, num_heads, batch_first=True)
         self.norm1 = nn.LayerNorm(latent_size)
         self.ffn = nn.Sequential(
             nn.Linear(latent_size, 4 * latent_size), nn.GELU(), nn.Linear(4 * latent_size, latent_size)
         )
         self.norm2 = nn.LayerNorm(latent_size)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, state: Tensor, tokens: Tensor, bias: Tensor) -> Tensor:
-        """State (B, d), tokens (B, T, d) and score bias (B, 1, T) to the next state (B, d)."""
-        state = self.norm1(state + self.dropout(self.attention(state, tokens, bias)))
-        return self.norm2(state + self.dropout(self.ffn(state)))
 
 
 def _own_name(published: str) -> str:

@@ -70,6 +70,31 @@ def test_moments_are_those_of_all_real_tokens_or_pooled_rows(cache, pooling):
     torch.testing.assert_close(found.std.double(), values.std(dim=0, correction=0), rtol=1e-4, atol=1e-5)
 
 
+def test_moments_come_from_a_sample_of_the_rows_always_the_same(cache, monkeypatch):
+    rows = all_rows(cache)
+    monkeypatch.setattr("relish.train.data._SAMPLE", 100)
+    read = []
+    original = rows.split.read
+    monkeypatch.setattr(rows.split, "read", lambda index: read.extend(index) or original(index))
+    first = feature_moments(rows, None)
+    sampled = list(read)
+    assert 100 <= rows.split.lengths[sampled].sum() < 200
+    again = feature_moments(rows, None)
+    assert read == sampled * 2
+    assert torch.equal(first.mean, again.mean)
+    values = torch.cat([original([row]).hidden[0].double() for row in sampled])
+    torch.testing.assert_close(first.std.double(), values.std(dim=0, correction=0), rtol=1e-4, atol=1e-5)
+
+
+def test_moments_of_huge_values_do_not_overflow(tmp_path, monkeypatch):
+    rows = all_rows(write_cache(tmp_path / "c"))
+    original = rows.split.read
+    monkeypatch.setattr(
+        rows.split, "read", lambda index: original(index)._replace(hidden=original(index).hidden.float() * 1e25)
+    )
+    assert feature_moments(rows, None).std.isfinite().all()
+
+
 def test_the_validation_split_is_used_where_there_is_one(cache):
     train, val = training_rows(open_cache(cache), TrainSettings())
     assert (len(train), val.split.name, len(val)) == (96, "dev", 32)

@@ -1,0 +1,209 @@
+"""How a latent state reads the hidden states of a batch without projecting any token to keys and values.
+
+With c = W H + b (the input projection), multi-head attention of a single query r needs, per head h with
+q_h = (W_q,h r + b_q,h) / √d_h and the query in the space of the tokens, k_h = W_k,hᵀ q_h,
+
+    score_t = q_h · (W_k,h c_t + b_k,h) = k_h · c_t + const             (the softmax drops the constant)
+    value   = Σ_t a_t (W_v,h c_t + b_v,h) = W_v,h (Σ_t a_t c_t) + b_v,h   (Σ_t a_t = 1)
+
+A reader takes k (B, H, d) to the mixtures Σ_t a_t c_t (B, H, d), and back. There are two, equal up to rounding:
+`Projected` computes c once for all steps. `Direct` goes on folding, and never computes it:
+
+    score_t = (Wᵀ k_h) · h_t + const,     Σ_t a_t c_t = W (Σ_t a_t h_t) + b
+
+Its products per step grow with the number of queries instead of the number of tokens, so it wins on long rows.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+_CHUNK = 256  # tokens converted and projected together: they stay in the processor's cache
+
+
+class Read(NamedTuple):
+    """What a reading leaves for the way back."""
+
+    k: Tensor
+    """(B, H, d), the queries in the space of the tokens."""
+    attention: "Tensor | list[Tensor]"
+    """(B, H, T), or (H, n) for each row."""
+    mixture: "Tensor | None"
+    """(B, H, D), where the hidden states were mixed rather than the tokens."""
+
+
+class Reader(Protocol):
+    """The tokens of one batch, for all L steps, forward and backward."""
+
+    def read(self, k: Tensor) -> "tuple[Tensor, Read]":
+        """Queries (B, H, d) to mixtures (B, H, d)."""
+        ...
+
+    def read_backward(self, read: Read, gradient: Tensor) -> Tensor:
+        """Gradient of the mixtures (B, H, d) to that of the queries (B, H, d)."""
+        ...
+
+    def gradients(self) -> tuple[Tensor, Tensor, "Tensor | None"]:
+        """Gradients of W (d, D), of b (d,) and, where wanted, of the hidden states (B, T, D); after all the others."""
+        ...
+
+
+def reader_for(
+    hidden: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, *, heads: int, depth: int, training: bool
+) -> Reader:
+    """The faster reader for a batch of this shape.
+
+    Args:
+        hidden: (B, T, D) of any float type; what stands in the padding does not matter.
+        mask: (B, T) bool, True = real token.
+        weight: W (d, D).
+        bias: b (d,).
+        heads: H.
+        depth: L.
+        training: whether gradients will be asked for.
+    """
+    if hidden.device.type != "cpu" or hidden.requires_grad:
+        return Projected(hidden, mask, weight, bias)
+    (B, _, D), d, N = hidden.shape, len(weight), int(mask.sum())
+    # Multiply-adds. Forward and backward: 2 products with the tokens for Projected; for Direct 4 with the tokens and
+    # 6 with the queries. Forward alone: 1, and 2 with each.
+    tokens, queries, once = (4, 6, 2) if training else (2, 2, 1)
+    direct = depth * heads * D * (_THIN * tokens * N + queries * B * d)
+    return (Direct if direct < once * N * D * d else Projected)(hidden, mask, weight, bias)
+
+
+_THIN = 2.0  # a product of H rows runs at about half the speed of a square one
+
+
+class Projected:
+    """Projects each real token once; the steps read the projections."""
+
+    def __init__(self, hidden: Tensor, mask: Tensor, weight: Tensor, bias: Tensor) -> None:
+        self._hidden, self._mask, self._weight = hidden, mask, weight
+        B, T, _ = hidden.shape
+        # On a GPU, finding the real tokens would make the host wait.
+        self._index: Tensor | None = None
+        self._padding: Tensor | None = None
+        if hidden.device.type != "cpu" or not bool(mask.all()):
+            self._padding = weight.new_zeros(B, 1, T).masked_fill_(~mask.unsqueeze(1), float("-inf"))
+            if hidden.device.type == "cpu":
+                self._index = mask.reshape(-1).nonzero().squeeze(1)
+        count = B * T if self._index is None else len(self._index)
+        packed = weight.new_empty(count, len(weight))
+        for begin, x in self._chunks():
+            torch.addmm(bias, x, weight.T, out=packed[begin : begin + len(x)])
+        self._tokens = self._unpack(packed)
+        self._seen: list[tuple[Tensor, Tensor]] = []
+
+    def read(self, k: Tensor) -> tuple[Tensor, Read]:
+        """See Reader."""
+        scores = torch.bmm(k, self._tokens.transpose(1, 2))
+        if self._padding is not None:
+            scores += self._padding
+        attention = torch.softmax(scores, dim=-1)
+        return torch.bmm(attention, self._tokens), Read(k, attention, None)
+
+    def read_backward(self, read: Read, gradient: Tensor) -> Tensor:
+        """See Reader."""
+        attention = read.attention
+        assert isinstance(attention, Tensor)
+        along = torch.bmm(gradient, self._tokens.transpose(1, 2))
+        scores = _softmax_backward(along, attention)
+        self._seen += [(scores, read.k), (attention, gradient)]
+        return torch.bmm(scores, self._tokens)
+
+    def gradients(self) -> tuple[Tensor, Tensor, "Tensor | None"]:
+        """See Reader."""
+        # One product for all steps: the tokens' gradient has 2 L H terms.
+        weights, vectors = (torch.cat(parts, dim=1) for parts in zip(*self._seen, strict=True))
+        self._seen = []
+        tokens = torch.bmm(weights.transpose(1, 2), vectors).reshape(-1, len(self._weight))
+        if self._index is not None:
+            tokens = tokens.index_select(0, self._index)
+        weight = torch.zeros_like(self._weight)
+        for begin, x in self._chunks():
+            weight.addmm_(tokens[begin : begin + len(x)].T, x)
+        hidden = None
+        if self._hidden.requires_grad:
+            hidden = self._unpack(tokens @ self._weight).to(self._hidden.dtype)
+        return weight, tokens.sum(dim=0), hidden
+
+    def _chunks(self) -> Iterator[tuple[int, Tensor]]:
+        """Real tokens as (n, D) in the type of the weights, and the number of the first."""
+        flat = self._hidden.detach().reshape(-1, self._hidden.shape[-1])
+        if flat.device.type != "cpu":
+            # Padding may hold anything, and 0 × NaN is NaN: it must be zero, not only unattended.
+            yield 0, flat.to(self._weight.dtype).masked_fill(~self._mask.reshape(-1, 1), 0.0)
+            return
+        buffer = self._weight.new_empty(_CHUNK, flat.shape[1])
+        for begin in range(0, len(flat) if self._index is None else len(self._index), _CHUNK):
+            chosen = slice(begin, begin + _CHUNK)
+            x = flat[chosen] if self._index is None else flat.index_select(0, self._index[chosen])
+            yield begin, x if x.dtype == buffer.dtype else buffer[: len(x)].copy_(x)
+
+    def _unpack(self, packed: Tensor) -> Tensor:
+        """Real tokens (N, n) to (B, T, n), zero where padded."""
+        B, T = self._mask.shape
+        if self._index is None:
+            return packed.view(B, T, -1)
+        return packed.new_zeros(B * T, packed.shape[1]).index_copy_(0, self._index, packed).view(B, T, -1)
+
+
+class Direct:
+    """Reads the hidden states themselves, row by row, without padding."""
+
+    def __init__(self, hidden: Tensor, mask: Tensor, weight: Tensor, bias: Tensor) -> None:
+        lengths = mask.sum(dim=1)
+        if bool((mask == (torch.arange(mask.shape[1]) < lengths[:, None])).all()):
+            self._rows = [row[:length] for row, length in zip(hidden, lengths.tolist(), strict=True)]
+        else:
+            self._rows = [row[real] for row, real in zip(hidden, mask, strict=True)]
+        self._weight, self._bias = weight, bias
+        self._buffer = weight.new_empty(int(lengths.max()), hidden.shape[-1])
+        self._seen: list[tuple[Tensor, Tensor]] = []
+
+    def read(self, k: Tensor) -> tuple[Tensor, Read]:
+        """See Reader."""
+        B, H, d = k.shape
+        queries = (k.reshape(-1, d) @ self._weight).view(B, H, -1)
+        mixture, attention = torch.empty_like(queries), []
+        for number, x in self._converted():
+            attention.append(torch.softmax(queries[number] @ x.T, dim=-1))
+            torch.mm(attention[-1], x, out=mixture[number])
+        mixed = torch.addmm(self._bias, mixture.view(B * H, -1), self._weight.T)
+        return mixed.view(B, H, d), Read(k, attention, mixture)
+
+    def read_backward(self, read: Read, gradient: Tensor) -> Tensor:
+        """See Reader."""
+        assert read.mixture is not None
+        B, H, d = gradient.shape
+        gradient, k = gradient.reshape(-1, d), read.k.reshape(-1, d)
+        along = (gradient @ self._weight).view(B, H, -1)
+        queries = torch.empty_like(along)
+        for number, x in self._converted():
+            scores = _softmax_backward(along[number] @ x.T, read.attention[number])
+            torch.mm(scores, x, out=queries[number])
+        queries = queries.view(B * H, -1)
+        self._seen += [(k, queries), (gradient, read.mixture.view(B * H, -1))]
+        return (queries @ self._weight.T).view(B, H, d)
+
+    def gradients(self) -> tuple[Tensor, Tensor, "Tensor | None"]:
+        """See Reader."""
+        weight, bias = torch.zeros_like(self._weight), torch.zeros_like(self._bias)
+        for left, right in self._seen:
+            weight.addmm_(left.T, right)
+        for mixed, _ in self._seen[1::2]:  # every attention sums to 1
+            bias += mixed.sum(dim=0)
+        self._seen = []
+        return weight, bias, None
+
+    def _converted(self) -> Iterator[tuple[int, Tensor]]:
+        """Each row's number and its hidden states (n, D) in the type of the weights; only until the next is taken."""
+        for number, row in enumerate(self._rows):
+            yield number, row if row.dtype == self._buffer.dtype else self._buffer[: len(row)].copy_(row)
+
+
+def _softmax_backward(gradient: Tensor, attention: Tensor) -> Tensor:
+    return torch.ops.aten._softmax_backward_data(gradient, attention, -1, attention.dtype)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .data import Rows, ordered_batches, read_ahead, shuffled_batches
+from .data import Rows, TrainBatch, ordered_batches, read_ahead, shuffled_batches
 from .heads import Head
 from .metrics import score
 from .settings import TrainSettings
@@ -71,7 +71,7 @@ def train_head(
     """
     generator = np.random.default_rng(seed)
     steps = settings.epochs * math.ceil(len(train) / settings.batch_size)
-    optimizer = torch.optim.AdamW(_decay_groups(head, settings.weight_decay), lr=lr, fused=True)
+    optimizer = make_optimizer(head, settings.weight_decay)
     factor = _warmup_cosine(steps, settings.warmup)
     loss_of = nn.HuberLoss() if settings.loss == "huber" else nn.MSELoss()
     history: list[EpochRecord] = []
@@ -81,17 +81,8 @@ def train_head(
         started = time.perf_counter()
         head.train()
         losses: list[Tensor] = []
-        for hidden, mask, target in read_ahead(train, shuffled_batches(train, settings.batch_size, generator)):
-            prediction = head(hidden.to(device), mask.to(device))
-            scale = head.target_scale
-            loss = loss_of(scale.standardise(prediction), scale.standardise(target.to(device)))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            _clip(head)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * factor(done)
-            optimizer.step()
-            losses.append(loss.detach())
+        for batch in read_ahead(train, shuffled_batches(train, settings.batch_size, generator)):
+            losses.append(take_step(head, optimizer, loss_of, batch, lr=lr * factor(done)))
             done += 1
             on_step(done)
             if done % _CHECK == 0 and not torch.stack(losses[-_CHECK:]).isfinite().all():
@@ -111,6 +102,32 @@ def train_head(
     head.load_state_dict(best_state)
     head.eval()
     return history
+
+
+def take_step(
+    head: Head, optimizer: torch.optim.Optimizer, loss_of: nn.Module, batch: TrainBatch, *, lr: float
+) -> Tensor:
+    """One step on one batch; gives its loss, on the device of the head."""
+    scale = head.target_scale
+    device = scale.mean.device
+    prediction = head(batch.hidden.to(device), batch.mask.to(device))
+    loss = loss_of(scale.standardise(prediction), scale.standardise(batch.target.to(device)))
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    _clip(head)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    return loss.detach()
+
+
+def make_optimizer(head: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW, fused, that pulls matrices towards 0."""
+    # 0 is no sensible place for biases, norms and the latent state.
+    matrices = [parameter for parameter in head.parameters() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in head.parameters() if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, fused=True)
 
 
 def best_epoch(history: list[EpochRecord]) -> int:
@@ -136,13 +153,6 @@ def _clip(head: nn.Module) -> None:
     # On the CPU a look at the norm costs nothing, and most steps spare a pass over all gradients by it.
     if norm.device.type != "cpu" or not norm <= 1.0:
         nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
-
-
-def _decay_groups(head: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    # Decay pulls towards 0, which is no sensible place for biases, norms and the latent state.
-    matrices = [parameter for parameter in head.parameters() if parameter.ndim >= 2]
-    vectors = [parameter for parameter in head.parameters() if parameter.ndim < 2]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
 def _warmup_cosine(steps: int, warmup: float) -> Callable[[int], float]:

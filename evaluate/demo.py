@@ -10,7 +10,8 @@ import numpy as np
 from ..cache.errors import require_extra
 from ..extract.pipeline import Progress, extract_cache
 from ..extract.settings import ExtractSettings
-from ..train.grid import Listener, train_heads
+from ..train.grid import train_heads
+from ..train.progress import Listener
 from ..train.settings import TrainSettings
 from .assets import rated_tweets, smollm2
 from .results import evaluate_runs

@@ -50,7 +50,12 @@ def train(
         float, typer.Option(help="Share of the training rows held out if there is no validation split.")
     ] = TrainSettings.val_fraction,
     device: Annotated[str, typer.Option(help="cuda, mps, cpu or auto.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads; default torch's choice.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that train cells at once; default one per CPU core, 1 on a GPU.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads of each process; default the cores divided by the processes.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the validation figures as JSON.")] = False,
 ) -> None:
     """Train heads from a cache: every head, depth and seed of a grid.
@@ -58,6 +63,9 @@ def train(
     Run the same command again after an interruption: finished cells are kept. A cell whose loss is no longer
     finite is marked as diverged and not tried again with the same settings. Depths, seeds and heads can be added to
     the same folder later.
+
+    On the CPU several cells are trained at once, one per core. With the same --threads, weights are bit for bit the
+    same with any --workers.
 
     Examples:
 
@@ -84,6 +92,7 @@ def train(
         val_split=val_split,
         val_fraction=val_fraction,
         device=device,
+        workers=workers,
         threads=threads,
     )
     from .grid import train_heads

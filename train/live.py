@@ -1,5 +1,6 @@
 """The live table of a grid: one line per cell with loss, validation figures and time left."""
 
+import heapq
 import time
 from typing import Any
 
@@ -7,11 +8,12 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from .grid import CellName
 from .loop import EpochRecord
+from .progress import CellName
 
 _FEW_STEPS = 400  # the recipe was found on some 1,500
-_ROWS = 30  # of a grid that is larger, finished cells leave the screen first
+_ROWS = 30  # of a grid that is larger, cells in training stay on the screen
+_JUST_ENDED = 5  # …and then so many that ended last
 
 
 class LiveTable:
@@ -25,6 +27,9 @@ class LiveTable:
         self._steps: dict[CellName, int] = {}
         self._done: dict[CellName, int] = {}
         self._started = time.monotonic()
+        self._began: dict[CellName, float] = {}
+        self._busy = 0.0
+        self._at_once = 1
         self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=4)
 
     def __enter__(self) -> "LiveTable":
@@ -50,6 +55,8 @@ class LiveTable:
     def start(self, cell: CellName) -> None:
         """Show a cell as training."""
         self._status[cell] = "training"
+        self._began[cell] = time.monotonic()
+        self._at_once = max(self._at_once, len(self._began))
 
     def step(self, cell: CellName, done: int) -> None:
         """Move its progress."""
@@ -62,6 +69,8 @@ class LiveTable:
     def end(self, cell: CellName, status: str, metrics: dict[str, Any]) -> None:
         """Show how it ended."""
         self._status[cell] = status
+        if cell in self._began:
+            self._busy += time.monotonic() - self._began.pop(cell)
         self._metrics[cell] = metrics
         self._steps[cell] = self._done.get(cell, self._steps[cell])
         self._done[cell] = self._steps[cell]
@@ -76,14 +85,20 @@ class LiveTable:
 
     def _render(self) -> Table:
         table = Table("head", "depth", "seed", "epoch", "loss", "val NRMSE", "val Pearson", "", box=None)
-        cells = list(self._status)
-        if len(cells) > _ROWS:
-            first = next((i for i, cell in enumerate(cells) if self._status[cell] in ("waiting", "training")), 0)
-            cells = cells[max(0, min(first - 5, len(cells) - _ROWS)) :][:_ROWS]
+        cells = self._shown()
         for cell in cells:
             table.add_row(*self._row(cell))
         table.caption = self._time_left()
         return table
+
+    def _shown(self) -> list[CellName]:
+        cells, ended = list(self._status), list(self._metrics)
+        if len(cells) <= _ROWS:
+            return cells
+        first = [*self._began, *ended[-_JUST_ENDED:]]
+        waiting = [cell for cell in cells if self._status[cell] == "waiting"]
+        kept = set(list(dict.fromkeys([*first, *waiting, *reversed(ended)]))[:_ROWS])
+        return [cell for cell in cells if cell in kept]
 
     def _row(self, cell: CellName) -> list[str]:
         status, record = self._status[cell], self._records.get(cell)
@@ -103,6 +118,13 @@ class LiveTable:
         total, done = sum(self._steps.values()), sum(self._done.values())
         if not done or not total:
             return ""
-        spent = time.monotonic() - self._started
-        left = spent / done * (total - done)
-        return f"{done / total:.0%}, {spent:,.0f} s spent, at most {left:,.0f} s left"
+        now = time.monotonic()
+        pace = (self._busy + sum(now - began for began in self._began.values())) / done
+        # Cells go to whichever process is free next. Near the end some have nothing to do, so the rate of all is no
+        # measure of what is left.
+        left = {cell: (steps - self._done.get(cell, 0)) * pace for cell, steps in self._steps.items()}
+        free = sorted(left.pop(cell) for cell in self._began)
+        free = [0.0] * (self._at_once - len(free)) + free
+        for seconds in left.values():
+            heapq.heapreplace(free, free[0] + seconds)
+        return f"{done / total:.0%}, {now - self._started:,.0f} s spent, at most {max(free):,.0f} s left"

@@ -64,8 +64,13 @@ class TrainSettings:
     """Share of the training rows held out when there is no validation split, the same for all cells."""
     device: str = "auto"
     """cuda, mps, cpu, or auto for the first of these that is there."""
+    workers: int | None = None
+    """Processes that train cells at once; 1 trains in the calling process. None: on the CPU as many as there are cores
+    for, at most one per cell, and fewer when there are too few steps to be worth a start of seconds; on cuda and mps 1.
+    Each takes 400 to 500 MB at D = 576."""
     threads: int | None = None
-    """CPU threads; None for torch's choice. The same number gives the same weights."""
+    """CPU threads of each process; None for torch's choice, divided by the processes that the grid takes. The same
+    number gives the same weights."""
 
     def __post_init__(self) -> None:
         for name, values in (("heads", self.heads), ("seeds", self.seeds), ("depths", self.depths)):
@@ -100,8 +105,10 @@ class TrainSettings:
             raise SettingsError(
                 "early stopping needs validation rows: val_fraction must be above 0, or name a val_split"
             )
-        if self.threads is not None and self.threads < 1:
-            raise SettingsError(f"threads must be at least 1, not {self.threads}")
+        for name in ("workers", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SettingsError(f"{name} must be at least 1, not {value}")
 
 
 def parse_range(text: str, what: str) -> tuple[int, ...]:

@@ -138,7 +138,7 @@ def test_the_rest_of_the_grid_goes_on(cache, tmp_path, run_cli, monkeypatch):
             raise Diverged("by step 1")
         return real(head, *rest, seed=seed, **options)
 
-    monkeypatch.setattr("relish.train.grid.train_head", one_diverges)
+    monkeypatch.setattr("relish.train.cell.train_head", one_diverges)
     runs = tmp_path / "runs"
     result = run_cli("train", cache, "--out", runs, "--depths", 1, "--seeds", "0-1", *FAST)
     assert (result.exit_code, names(runs)) == (2, ["relish-L1-seed0.diverged.json", "relish-L1-seed1"])
@@ -282,10 +282,10 @@ def failure(cache, out, settings):
 def test_an_interrupted_training_keeps_its_cells_and_says_how_to_go_on(cache, tmp_path, run_cli, number, code):
     words = ["train", cache, "--out", tmp_path / "r", "--depths", 1, *FAST, "--epochs", 2]
     slow = (
-        "import relish.train.grid as grid\nreal = grid.train_head\n"
+        "import relish.train.cell as cell\nreal = cell.train_head\n"
         "def slow(*rows, on_step, **more):\n"
         "    return real(*rows, on_step=lambda done: (on_step(done), time.sleep(0.05)), **more)\n"
-        "grid.train_head = slow"
+        "cell.train_head = slow"
     )
     ended, said = interrupted(
         [*words, "--seeds", "0-9"], number, slow=slow, until=lambda line: line.startswith("relish-L1-seed0: done")

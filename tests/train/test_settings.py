@@ -33,6 +33,8 @@ def test_a_backward_range_is_an_empty_grid():
         ({"lr": 0.0}, "lr must be a number above 0, not 0.0"),
         ({"epochs": 0}, "epochs must be at least 1, not 0"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1, not 1.0"),
+        ({"threads": 0}, "threads must be at least 1, not 0"),
+        ({"workers": 0}, "workers must be at least 1, not 0"),
         ({"val_fraction": 0.0}, "early stopping needs validation rows"),
     ],
 )

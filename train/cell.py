@@ -1,0 +1,209 @@
+"""One cell of a grid: a head trained, scored on the validation rows, and saved as a run or marked as diverged."""
+
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..cache.device import pick_device
+from ..cache.reader import FeatureCache, open_cache
+from ..cache.version import __version__
+from .data import Moments, Rows, feature_moments, ordered_batches, read_ahead, training_rows
+from .diverged import DivergedCell, diverged_path, save_diverged
+from .heads import Head, HeadSpec, build_head, count_parameters
+from .known import comparable, own_lr
+from .loop import Diverged, EpochRecord, best_epoch, predict_rows, train_head
+from .metrics import score
+from .pooled import pool
+from .progress import CellName, Listener
+from .ridge import ALPHAS, solve_ridge
+from .ridge import Moments as RidgeMoments
+from .run import save_run
+from .saving import writing
+from .settings import CLOSED_FORM, TrainSettings
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the cells of a grid share: rows, recipe, device, where runs go, and the moments of what heads read."""
+
+    train: Rows
+    val: Rows
+    settings: TrainSettings
+    config: dict[str, Any]
+    """What every run's config.json says alike."""
+    device: torch.device
+    out: Path
+    moments: dict[str | None, Moments] = field(default_factory=dict)
+    """By pooling; filled by whoever needs them first."""
+
+    def steps(self, cell: CellName) -> int:
+        """The most steps a cell may take."""
+        if cell.head in CLOSED_FORM:
+            return 1
+        return self.settings.epochs * -(-len(self.train) // self.settings.batch_size)
+
+    def spec(self, cell: CellName) -> HeadSpec:
+        """The shape of a cell's head."""
+        return HeadSpec(
+            name=cell.head,
+            hidden_size=self.train.split.cache.hidden_size,
+            depth=cell.depth,
+            latent_size=self.settings.latent_size,
+            num_heads=self.settings.num_heads,
+            dropout=self.settings.dropout,
+        )
+
+    def moments_for(self, head: Head) -> Moments | None:
+        """Moments of what a head reads, from one pass over the training rows the first time; None if it needs none."""
+        if not self.settings.standardise:
+            return None
+        pooling = getattr(head, "pooling", None)
+        if pooling not in self.moments:
+            self.moments[pooling] = feature_moments(self.train, pooling)
+        return self.moments[pooling]
+
+
+def open_training(cache: str | Path, out: Path, settings: TrainSettings) -> Training:
+    """Open a cache for training.
+
+    Raises:
+        CacheError: if the cache cannot be used.
+        DataError: if rows have no label.
+        SettingsError: if the device is not there.
+    """
+    opened = open_cache(cache)
+    train, val = training_rows(opened, settings)
+    return Training(train, val, settings, _config(opened, settings, train, val), pick_device(settings.device), out)
+
+
+def train_cell(training: Training, cell: CellName, listener: Listener | None) -> dict[str, Any] | None:
+    """Train one cell and save it.
+
+    Returns:
+        Its metrics.json; None if it diverged, and is marked so.
+
+    Raises:
+        CacheError: if a shard is damaged.
+        RunError: if the run cannot be written.
+    """
+    if listener is not None:
+        listener.start(cell)
+    try:
+        return _train(training, cell, listener)
+    except Diverged as reason:
+        _mark_diverged(training, cell, str(reason))
+        return None
+
+
+def _train(training: Training, cell: CellName, listener: Listener | None) -> dict[str, Any]:
+    started = time.perf_counter()
+    train, val, device, settings = training.train, training.val, training.device, training.settings
+    label_range = training.config["label_range"]
+    spec = training.spec(cell)
+    # A generator per cell, in a fork: what a cell draws depends on its seed alone, and the caller's stays as it was.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(cell.seed)
+        head = build_head(spec)
+        target = train.target
+        lr = own_lr(settings, cell.head)
+        history: list[EpochRecord] = []
+        if cell.head in CLOSED_FORM:
+            alpha = _fit_ridge(head, train, val, label_range)
+            extra: dict[str, Any] = {"alpha": alpha}
+            head.to(device)
+        else:
+            assert lr is not None
+            head.target_scale.set(float(target.mean()), float(target.std()))
+            moments = training.moments_for(head)
+            if moments is not None:
+                head.input_scale.set(moments.mean, moments.std)
+            head.to(device)
+            history = train_head(
+                head,
+                train,
+                val,
+                settings=settings,
+                lr=lr,
+                seed=cell.seed,
+                label_range=label_range,
+                device=device,
+                on_epoch=lambda record: listener.epoch(cell, record) if listener is not None else None,
+                on_step=lambda done: listener.step(cell, done) if listener is not None else None,
+            )
+            extra = {"best_epoch": best_epoch(history), "epochs": len(history)}
+    predictions = predict_rows(head, val, device)
+    if not np.isfinite(predictions).all():
+        raise Diverged("its predictions are not finite")
+    figures = score(val.target, predictions, label_range)
+    metrics = {
+        "val_split": val.split.name,
+        "val_rows": len(val),
+        "val": {name: value if np.isfinite(value) else None for name, value in figures.items()},
+        **extra,
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+    own = {
+        "head": asdict(spec),
+        "seed": cell.seed,
+        "parameters": count_parameters(head),
+        "settings": {**training.config["settings"], "lr": lr},
+    }
+    save_run(training.out / str(cell), head, config={**training.config, **own}, history=history, metrics=metrics)
+    return metrics
+
+
+def _mark_diverged(training: Training, cell: CellName, reason: str) -> None:
+    with torch.random.fork_rng(devices=[]):
+        parameters = count_parameters(build_head(training.spec(cell)))
+    path = diverged_path(training.out, cell)
+    same = comparable(training.config, training.settings, cell.head)
+    with writing(path, "finished cells are kept"):
+        save_diverged(DivergedCell(path, cell.head, cell.depth, cell.seed, parameters, reason, same))
+
+
+def _fit_ridge(head: Head, train: Rows, val: Rows, label_range: tuple[float, float]) -> float:
+    """Fit the head's linear layer; the penalty with the lowest validation NRMSE wins, and is returned."""
+    batches = read_ahead(train, ordered_batches(train.lengths))
+    pooled = ((pool(hidden, mask, head.pooling).numpy(), target.double().numpy()) for hidden, mask, target in batches)
+    sums = RidgeMoments.of(pooled, head.hidden_size)
+    if not np.isfinite(sums.xx).all():
+        raise Diverged("the pooled hidden states are not finite")
+    solutions = solve_ridge(sums)
+    order = ordered_batches(val.lengths)
+    features = (
+        torch.cat([pool(hidden, mask, head.pooling) for hidden, mask, _ in read_ahead(val, order)]).double().numpy()
+    )
+    target = val.target[np.concatenate(order)]
+    errors = [score(target, features @ weights + intercept, label_range)["nrmse"] for weights, intercept in solutions]
+    best = int(np.argmin(errors))
+    weights, intercept = solutions[best]
+    with torch.no_grad():
+        head.body.weight.copy_(torch.from_numpy(weights))
+        head.body.bias.fill_(intercept)
+    return ALPHAS[best]
+
+
+def _config(cache: FeatureCache, settings: TrainSettings, train: Rows, val: Rows) -> dict[str, Any]:
+    recipe = asdict(settings)
+    for grid_or_machine in ("heads", "depths", "seeds", "layer", "device", "threads", "workers"):
+        del recipe[grid_or_machine]
+    splits = cache.manifest.splits
+    return {
+        "relish": __version__,
+        "cache": str(cache.folder),
+        "identity": cache.identity.to_json(),
+        "task": cache.manifest.task,
+        "layer": cache.layers[cache.layer_position(settings.layer)],
+        "label_range": list(cache.label_range),
+        "train_rows": len(train),
+        "data": {
+            "train": splits["train"].fingerprint,
+            "val_split": val.split.name,
+            "val": splits[val.split.name].fingerprint,
+        },
+        "settings": recipe,
+    }

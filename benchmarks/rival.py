@@ -1,9 +1,11 @@
 """The rival in training: the published architecture in its plainest form, in a plain loop.
 
-`nn.MultiheadAttention` with a key padding mask, every slot of the batch projected, no folding, torch's default AdamW.
+`nn.MultiheadAttention` with a key padding mask, every slot of the batch projected, no folding, torch's default AdamW
+(decay on the matrices only, as relish has it).
 Same parameters as `RelishHead`, same numbers to rounding (tests/train/test_head.py compares the two).
 """
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -45,10 +47,33 @@ class PlainStep(nn.Module):
 
 
 def train_plainly(
-    head: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Tensor]], lr: float = 3e-4, weight_decay: float = 1.0
+    head: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
+    lr: float = 3e-4,
+    weight_decay: float = 1.0,
+    *,
+    steps: int | None = None,
+    warmup: float = 0.05,
 ) -> Callable[[], float]:
-    """A function that takes one step on the next batch (hidden, mask, standardised target) and gives the loss."""
-    optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=weight_decay)
+    """A function that takes one step on the next batch (hidden, mask, standardised target) and gives the loss.
+
+    With `steps`, the learning rate rises over a share `warmup` of them and falls along a cosine; without, it stays.
+    """
+    vectors = [parameter for name, parameter in head.named_parameters() if parameter.ndim < 2 or name == "latent"]
+    matrices = [parameter for name, parameter in head.named_parameters() if parameter.ndim >= 2 and name != "latent"]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}], lr=lr
+    )
+    rising = max(1, round(warmup * (steps or 1)))
+
+    def factor(step: int) -> float:
+        if steps is None:
+            return 1.0
+        if step < rising:
+            return (step + 1) / rising
+        return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     loss_of = nn.HuberLoss()
     head.train()
     source = iter(batches)
@@ -60,6 +85,7 @@ def train_plainly(
         loss.backward()
         nn.utils.clip_grad_norm_(head.parameters(), 1.0)
         optimizer.step()
+        schedule.step()
         return loss.item()
 
     return step

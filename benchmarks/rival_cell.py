@@ -1,0 +1,118 @@
+"""The rival's training of one cell, as a person would write it: one process, one head, torch's own threads.
+
+    python benchmarks/rival_cell.py CACHE --depth 3 --seed 0 --layer 20 --epochs 5 --out head.pt
+    python benchmarks/rival_cell.py CACHE --depth 3 --seed 0 --layer 20 --epochs 5 --sample 100
+
+The plain head (rival.py) with relish's recipe: the same rows in the same batches and order, read ahead in a thread by
+relish's reader; hidden states standardised as they come; AdamW with warm-up and cosine, gradients clipped, Huber loss;
+validated after each epoch, and the best epoch is kept. It prints one JSON object. With --sample it takes so many steps
+and validates once, to see how long these take.
+"""
+
+import argparse
+import copy
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rival import PlainRelish, train_plainly
+from torch import Tensor
+
+from relish.cache.reader import open_cache
+from relish.train.data import Rows, ordered_batches, read_ahead, shuffled_batches, training_rows
+from relish.train.metrics import score
+from relish.train.settings import LEARNING_RATES, TrainSettings
+
+UNCOUNTED = 5  # first steps of a sample, in which memory is still being taken
+
+
+def train(given: argparse.Namespace) -> dict[str, Any]:
+    settings = TrainSettings(layer=given.layer, epochs=given.epochs)
+    cache = open_cache(given.cache)
+    rows, val = training_rows(cache, settings)
+    mean, std = moments(rows)
+    target_mean, target_std = float(rows.target.mean()), float(rows.target.std())
+    torch.manual_seed(given.seed)
+    head = PlainRelish(cache.hidden_size, given.depth)
+    per_epoch = math.ceil(len(rows) / settings.batch_size)
+    order = np.random.default_rng(given.seed)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for _ in range(settings.epochs):
+            for hidden, mask, target in read_ahead(rows, shuffled_batches(rows, settings.batch_size, order)):
+                yield (hidden.float() - mean) / std, mask, (target - target_mean) / target_std
+
+    step = train_plainly(
+        head,
+        batches(),
+        LEARNING_RATES["relish"],
+        settings.weight_decay,
+        steps=settings.epochs * per_epoch,
+        warmup=settings.warmup,
+    )
+
+    @torch.inference_mode()
+    def validate() -> dict[str, float]:
+        head.eval()
+        predictions = np.empty(len(val))
+        chunks = ordered_batches(val.lengths)
+        for chunk, (hidden, mask, _) in zip(chunks, read_ahead(val, chunks), strict=True):
+            predictions[chunk] = (target_mean + target_std * head((hidden.float() - mean) / std, mask)).double()
+        head.train()
+        return score(val.target, predictions, cache.label_range)
+
+    if given.sample is not None:
+        seconds = []
+        for _ in range(min(given.sample, settings.epochs * per_epoch)):
+            started = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - started)
+        started = time.perf_counter()
+        validate()
+        counted = seconds[UNCOUNTED:] or seconds
+        validation = time.perf_counter() - started
+        return {
+            "sampled_s": sum(seconds) + validation,
+            "epoch_s": per_epoch * sum(counted) / len(counted) + validation,
+        }
+    best, best_state, best_epoch = {"nrmse": math.inf}, head.state_dict(), 0
+    for epoch in range(1, settings.epochs + 1):
+        for _ in range(per_epoch):
+            step()
+        figures = validate()
+        if figures["nrmse"] < best["nrmse"]:
+            best, best_state, best_epoch = figures, copy.deepcopy(head.state_dict()), epoch
+        elif epoch - best_epoch >= settings.patience:
+            break
+    if given.out is not None:
+        torch.save(best_state, given.out)
+    return {"pearson": best["pearson"], "nrmse": best["nrmse"], "best_epoch": best_epoch, "epochs": epoch}
+
+
+def moments(rows: Rows) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and deviation (D,) of the real tokens, in float64 sums."""
+    count, total, squares = 0, 0.0, 0.0
+    for hidden, mask, _ in read_ahead(rows, ordered_batches(rows.lengths)):
+        values = hidden[mask].float()
+        count += len(values)
+        total = total + values.sum(dim=0, dtype=torch.float64)
+        squares = squares + (values * values).sum(dim=0, dtype=torch.float64)
+    mean = total / count
+    return mean.float(), (squares / count - mean * mean).clamp_min(1e-12).sqrt().float()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cache", type=Path)
+    parser.add_argument("--depth", type=int, required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--layer", type=int)
+    parser.add_argument("--epochs", type=int, default=TrainSettings.epochs)
+    parser.add_argument("--sample", type=int, help="only time so many steps and one validation")
+    parser.add_argument("--out", type=Path, help="the best epoch's weights")
+    print(json.dumps(train(parser.parse_args())))

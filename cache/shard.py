@@ -145,7 +145,7 @@ class ShardWriter:
             write_at(self._descriptor, self._checksum.data.cast("B"), self._checksum_place)
             os.fsync(self._descriptor)
             size = os.fstat(self._descriptor).st_size
-            digest = _hash_around(self._descriptor, size, self._hidden, rows * self.layout.row_bytes)
+            digest = hash_around(self._descriptor, size, self._hidden, rows * self.layout.row_bytes)
             os.close(self._descriptor)
             self._descriptor = None
             replace_durably(self._temporary, self._final)
@@ -250,7 +250,7 @@ def check_index(path: Path, record: ShardRecord, layout: HiddenLayout) -> None:
         size = os.fstat(descriptor).st_size
         if size != record.bytes:
             raise CacheError(f"the shard {path} has {size} bytes, {record.bytes} were written; {way_out(path.parent)}")
-        digest = _hash_around(descriptor, size, record.offset, record.rows * layout.row_bytes)
+        digest = hash_around(descriptor, size, record.offset, record.rows * layout.row_bytes)
     except OSError as error:
         raise CacheError(f"the shard {path} cannot be read ({error.strerror}); {way_out(path.parent)}") from None
     finally:
@@ -270,7 +270,8 @@ def _read(file: Any, name: str) -> np.ndarray:
     return file[name][()]
 
 
-def _hash_around(descriptor: int, size: int, start: int, length: int) -> str:
+def hash_around(descriptor: int, size: int, start: int, length: int) -> str:
+    """sha256 over a file of `size` bytes, those from `start` on, `length` many, left out."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(min(_PIECE, max(size, 1))))
     for low, high in ((0, start), (start + length, size)):

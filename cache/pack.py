@@ -13,7 +13,7 @@ from .identity import Identity, refuse_differences
 from .lock import lock_folder
 from .manifest import ARCHIVE, MANIFEST, PACKED_MANIFEST, Manifest, ShardRecord, load_manifest
 from .packed import restore, write_packed, zstd_filter
-from .shard import HiddenLayout, check_index
+from .shard import HiddenLayout
 from .verify import verify_shard
 
 
@@ -41,14 +41,17 @@ def pack_cache(cache: Path, out: Path, progress: Callable[[int, int], None] | No
         records = [record for split in manifest.splits.values() for record in split.shards]
         total = sum(record.bytes for record in records)
         packed = _forget(out, records)
+
+        def advance(count: int) -> None:
+            if progress is not None:
+                progress(count, total)
+
         for record in records:
             if not _whole(out / record.file, packed.get(record.file)):
-                packed[record.file] = _pack_shard(
-                    cache, out, record, manifest.identity, lambda done: progress(done, total) if progress else None
-                )
+                packed[record.file] = _pack_shard(cache, out, record, manifest.identity, advance)
                 save_shards(out, packed)
-            elif progress is not None:
-                progress(record.bytes, total)
+            else:
+                advance(record.bytes)
     return load_archive(out)
 
 
@@ -96,7 +99,6 @@ def _pack_shard(
     layout = HiddenLayout(layers, record.T, width, storage_dtype(dtype))
     shard, final = cache / record.file, out / record.file
     temporary = temporary_name(final)
-    check_index(shard, record, layout)
     try:
         with writing_cache(final):
             descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)

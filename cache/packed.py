@@ -22,9 +22,8 @@ import numpy as np
 from .errors import CacheError, require_extra
 from .fileio import open_read, read_into, write_at
 from .manifest import ShardRecord
-from .shard import HiddenLayout
+from .shard import COLUMNS, HiddenLayout, check_index, place_outside
 
-COLUMNS = ("mask", "input_ids", "target", "row", "id", "checksum")
 _LEVEL = 1
 _CHUNK_ROWS = 64
 _CHUNK_BYTES = 1 << 15
@@ -91,7 +90,7 @@ class _Spool(io.RawIOBase):
 def write_packed(
     shard: Path, target: int, record: ShardRecord, layout: HiddenLayout, progress: Callable[[int], None]
 ) -> bool:
-    """Pack a shard whose index was checked; its hidden states are not.
+    """Pack a shard, all of it checked but its hidden states.
 
     Args:
         shard: the file to pack.
@@ -102,6 +101,9 @@ def write_packed(
 
     Returns:
         Whether all padding was zero. The packed shard holds zeros there in any case.
+
+    Raises:
+        CacheError: if the shard is damaged outside its hidden states.
     """
     import h5py
     from h5py import h5t  # pyright: ignore[reportAttributeAccessIssue]
@@ -109,7 +111,7 @@ def write_packed(
     compressed, clean, spool = zstd_filter(), True, _Spool(target)
     descriptor = open_read(shard)
     try:
-        outside = _outside(descriptor, record, layout)
+        outside = check_index(shard, record, layout)
         with h5py.File(shard, "r") as source, h5py.File(spool, "w", libver="v110") as packed:
             columns: dict[str, Any] = {name: source[name] for name in COLUMNS}
             packed.attrs["relish_packed"] = 1
@@ -117,6 +119,7 @@ def write_packed(
                 _copy_column(name, column, packed, outside, record, layout, compressed)
             frame = _create(packed, "frame", outside.shape, h5t.STD_U8LE, (_COLUMN_BYTES,), compressed)
             _write(frame, (0,), outside.shape, outside)
+            progress(len(outside))
             chunk = _chunk(record, layout)
             hidden = _create(packed, "hidden", layout.shape(record.rows), layout.dtype.hdf5, chunk, compressed)
             hidden.attrs["offset"] = record.offset
@@ -133,7 +136,13 @@ def write_packed(
     return clean
 
 
-def restore(packed: Path, record: ShardRecord, layout: HiddenLayout, put: Callable[[memoryview, int], None]) -> None:
+def restore(
+    packed: Path,
+    record: ShardRecord,
+    layout: HiddenLayout,
+    put: Callable[[memoryview, int], None],
+    progress: Callable[[int], None] | None = None,
+) -> None:
     """Give all of a shard but its padding from a packed one, checked against the manifest's record.
 
     Args:
@@ -141,6 +150,7 @@ def restore(packed: Path, record: ShardRecord, layout: HiddenLayout, put: Callab
         record: the shard's.
         layout: that of its hidden states.
         put: called with bytes and their place in the shard, hidden states before they are checked.
+        progress: called with the number of the shard's bytes just given.
 
     Raises:
         CacheError: if it holds anything but that shard.
@@ -154,12 +164,14 @@ def restore(packed: Path, record: ShardRecord, layout: HiddenLayout, put: Callab
             outside = _raw(datasets["frame"])
             columns = {name: _raw(datasets[name]) for name in COLUMNS}
             for name, column in columns.items():
-                place = _outside_place(int(datasets[name].attrs["offset"]), record, layout)
+                place = place_outside(int(datasets[name].attrs["offset"]), record, layout)
                 outside[place : place + len(column)] = column
             if hashlib.sha256(outside.data).hexdigest() != record.sha256:
                 raise ValueError("its index is not that of the manifest")
             put(outside[: record.offset].data, 0)
             put(outside[record.offset :].data, record.offset + record.rows * layout.row_bytes)
+            if progress is not None:
+                progress(len(outside))
             hidden = datasets["hidden"]
             if hidden.shape != layout.shape(record.rows) or hidden.id.get_type().get_size() != layout.dtype.itemsize:
                 raise ValueError("its shape is not that of the manifest")
@@ -173,6 +185,8 @@ def restore(packed: Path, record: ShardRecord, layout: HiddenLayout, put: Callab
                     crcs[row] = zlib.crc32(real, crcs[row])
                     if len(real):
                         put(real, record.offset + layout.place(row, layer) + slots.start * layout.token_bytes)
+                if progress is not None:
+                    progress(states.size)
             if crcs != columns["checksum"].view("<u4").tolist():
                 raise ValueError("its hidden states are not those that were written")
     except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
@@ -216,19 +230,6 @@ def _read_slab(
     return states, clean
 
 
-def _outside(descriptor: int, record: ShardRecord, layout: HiddenLayout) -> np.ndarray:
-    """All bytes of a shard but the hidden states, which lie between the first `record.offset` and the others."""
-    hidden = record.rows * layout.row_bytes
-    outside = np.zeros(record.bytes - hidden, dtype=np.uint8)
-    read_into(descriptor, outside[: record.offset].data, 0)
-    read_into(descriptor, outside[record.offset :].data, record.offset + hidden)
-    return outside
-
-
-def _outside_place(place: int, record: ShardRecord, layout: HiddenLayout) -> int:
-    return place if place < record.offset else place - record.rows * layout.row_bytes
-
-
 def _copy_column(
     name: str,
     source: Any,
@@ -240,7 +241,7 @@ def _copy_column(
 ) -> None:
     """Move a small dataset out of the bytes around it; zeros stay there, and compress to nothing."""
     place = source.id.get_offset()
-    begin = _outside_place(place, record, layout)
+    begin = place_outside(place, record, layout)
     values = outside[begin : begin + source.id.get_storage_size()]
     chunk = (max(1, _COLUMN_BYTES * record.rows // len(values)), *source.shape[1:])
     dataset = _create(packed, name, source.shape, source.id.get_type(), chunk, compressed)

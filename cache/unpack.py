@@ -49,12 +49,17 @@ def unpack_cache(archive: Path, out: Path, progress: Callable[[int, int], None] 
     identity = opened.manifest.identity
     records = [record for split in opened.manifest.splits.values() for record in split.shards]
     total = sum(record.bytes for record in records)
+
+    def advance(count: int) -> None:
+        if progress is not None:
+            progress(count, total)
+
     with lock_folder(out, CacheError):
         for record in records:
             if not _whole(out, record, identity):
-                _unpack_shard(archive, out, record, opened.shards[record.file], identity)
-            if progress is not None:
-                progress(record.bytes, total)
+                _unpack_shard(archive, out, record, opened.shards[record.file], identity, advance)
+            else:
+                advance(record.bytes)
         for name in (COPY, MANIFEST):
             with writing_cache(out / name):
                 write_text_durably(out / name, text)
@@ -79,7 +84,14 @@ def _whole(out: Path, record: ShardRecord, identity: Identity) -> bool:
     )
 
 
-def _unpack_shard(archive: Path, out: Path, record: ShardRecord, packed: PackedShard, identity: Identity) -> None:
+def _unpack_shard(
+    archive: Path,
+    out: Path,
+    record: ShardRecord,
+    packed: PackedShard,
+    identity: Identity,
+    advance: Callable[[int], None],
+) -> None:
     source, final = archive / record.file, out / record.file
     temporary = temporary_name(final)
     check_packed(source, packed)
@@ -95,7 +107,7 @@ def _unpack_shard(archive: Path, out: Path, record: ShardRecord, packed: PackedS
         try:
             with writing_cache(final):
                 allocate(descriptor, record.bytes)  # which leaves the padding zero
-            restore(source, record, layout, put)
+            restore(source, record, layout, put, advance)
             with writing_cache(final):
                 os.fsync(descriptor)
         finally:

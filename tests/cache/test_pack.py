@@ -112,6 +112,19 @@ def test_padding_and_repeated_beginnings_take_next_to_no_room(make, tmp_path, mo
     assert done.bytes < 0.3 * (tmp_path / "c" / "train-00000.h5").stat().st_size
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_progress_ends_at_the_size_of_the_cache(cache, tmp_path, again):
+    size = sum(path.stat().st_size for path in cache.glob("*.h5"))
+    for work, source, out in ((pack_cache, cache, tmp_path / "a"), (unpack_cache, tmp_path / "a", tmp_path / "c")):
+        seen = []
+        for _ in range(2 if again else 1):
+            seen.clear()
+            work(source, out, lambda count, total, seen=seen: seen.append((count, total)))
+        assert sum(count for count, _ in seen) == size
+        assert {total for _, total in seen} == {size}
+        assert len(seen) == 8 if again else len(seen) > 8
+
+
 def test_an_unfinished_cache_comes_back_unfinished_and_goes_on(make, tmp_path):
     make.fill(make.open_writer(tmp_path / "c"), "train", make.rows(), stop_after=2)
     pack_cache(tmp_path / "c", tmp_path / "archive")

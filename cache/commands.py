@@ -1,4 +1,4 @@
-"""`relish cache info | verify | repair | merge`."""
+"""`relish cache info | verify | repair | merge | pack | unpack`."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import typer
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-app = typer.Typer(no_args_is_help=True, help="Look into caches, check them, join them.", rich_markup_mode=None)
+app = typer.Typer(no_args_is_help=True, help="Look into caches, check, join and pack them.", rich_markup_mode=None)
 
 CachePath = Annotated[Path, typer.Argument(metavar="CACHE", help="Folder of the cache.")]
 
@@ -19,14 +19,15 @@ def info(
     cache: CachePath,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what is in a cache and what made it.
+    """Say what is in a cache, packed or not, and what made it.
 
     Example: relish cache info my-cache
     """
-    from .info import cache_info
+    from .archive import is_archive, load_archive
+    from .info import cache_info, packed_info
     from .manifest import load_manifest
 
-    figures = cache_info(load_manifest(cache))
+    figures = packed_info(load_archive(cache)) if is_archive(cache) else cache_info(load_manifest(cache))
     if as_json:
         typer.echo(json.dumps(figures, indent=2))
         return
@@ -49,6 +50,10 @@ def info(
         )
     console.print(splits)
     facts = Table.grid(padding=(0, 2))
+    if "packed" in figures:
+        packed = figures["packed"]
+        facts.add_row("packed", f"{packed['shards']} of {packed['planned']} shards, {packed['bytes'] / 1e6:,.1f} MB")
+        facts.add_row("unpack", Text(f"relish cache unpack {cache} CACHE"))
     facts.add_row("label range", " to ".join(f"{value:g}" for value in figures["label_range"]))
     if figures["task"]:
         facts.add_row("task", figures["task"])
@@ -132,6 +137,57 @@ def merge(
         task = bar.add_task("merge", total=None)
         merge_caches(out, caches, lambda done, total: bar.update(task, advance=done, total=total))
     typer.echo(f"{out}: splits {', '.join(open_cache(out).splits)}")
+
+
+@app.command()
+def pack(
+    cache: CachePath,
+    archive: Annotated[Path, typer.Argument(metavar="ARCHIVE", help="Folder of the packed cache.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compress a cache without loss, to move it to another machine.
+
+    Interrupted, the same command goes on. Run again after another split was extracted, it packs only that. Needs
+    hdf5plugin: pip install 'relish-llm[pack]'
+
+    Example, on the GPU box: relish cache pack my-cache my-packed
+
+    Example, on the laptop: rsync -a box:my-packed . && relish cache unpack my-packed my-cache
+    """
+    from .pack import pack_cache
+
+    with _bytes_bar() as bar:
+        task = bar.add_task("pack", total=None)
+        done = pack_cache(cache, archive, lambda count, total: bar.update(task, advance=count, total=total))
+    records = [record for split in done.manifest.splits.values() for record in split.shards]
+    before = sum(record.bytes for record in records)
+    if as_json:
+        typer.echo(json.dumps({"shards": len(records), "bytes": before, "packed": done.bytes}, indent=2))
+        return
+    share = f" ({done.bytes / before:.0%})" if before else ""
+    typer.echo(
+        f"{archive}: {len(records)} shards, {before / 1e6:,.1f} MB packed into {done.bytes / 1e6:,.1f} MB{share}"
+    )
+    typer.echo(f"next: relish cache unpack {archive} CACHE")
+
+
+@app.command()
+def unpack(
+    archive: Annotated[Path, typer.Argument(metavar="ARCHIVE", help="Folder of the packed cache.")],
+    cache: Annotated[Path, typer.Argument(metavar="CACHE", help="Folder for the cache, new or empty.")],
+) -> None:
+    """Write the cache that was packed, byte for byte; every byte is checked.
+
+    Interrupted, the same command goes on. Needs hdf5plugin: pip install 'relish-llm[pack]'
+
+    Example: relish cache unpack my-packed my-cache
+    """
+    from .unpack import unpack_cache
+
+    with _bytes_bar() as bar:
+        task = bar.add_task("unpack", total=None)
+        splits = unpack_cache(archive, cache, lambda count, total: bar.update(task, advance=count, total=total))
+    typer.echo(f"{cache}: splits {', '.join(splits)}")
 
 
 def _bytes_bar() -> "Progress":

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from .archive import Archive
 from .manifest import Manifest, ShardRecord, SplitRecord
 
 
@@ -17,6 +18,13 @@ def cache_info(manifest: Manifest) -> dict[str, Any]:
         "splits": splits,
         "bytes": sum(split["bytes"] for split in splits.values()),
     }
+
+
+def packed_info(archive: Archive) -> dict[str, Any]:
+    """The same of the cache that was packed, and how many shards of it are, in how many bytes."""
+    planned = sum(len(split.shards) for split in archive.manifest.splits.values())
+    packed = {"shards": planned - len(archive.missing), "planned": planned, "bytes": archive.bytes}
+    return {**cache_info(archive.manifest), "packed": packed}
 
 
 def padding_overhead(shards: Sequence[ShardRecord]) -> float:

@@ -15,6 +15,15 @@ VERSION = 1
 MANIFEST = "manifest.json"
 COPY = "manifest.copy.json"
 """Written right before the manifest itself, with the same content: what `relish cache repair` restores."""
+ARCHIVE = "archive.json"
+"""Lists the shards of a packed cache."""
+PACKED_MANIFEST = "manifest.packed.json"
+"""manifest.json in a packed cache. By another name, so that no reader takes the archive for a cache."""
+_MEND = {
+    MANIFEST: "run: relish cache repair {folder}",
+    COPY: "restore it from a copy, or extract again",
+    PACKED_MANIFEST: "copy it again from where it was packed, or pack the cache into a new folder",
+}
 
 
 @dataclass(frozen=True)
@@ -117,7 +126,7 @@ class Manifest:
 
 
 def load_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
-    """Read a cache's manifest, or the copy of it.
+    """Read a cache's manifest, the copy of it, or that of a packed cache.
 
     Raises:
         CacheError: if there is none, it is damaged, or another version wrote it.
@@ -125,7 +134,7 @@ def load_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
     path = folder / name
     if folder.is_file():
         raise CacheError(f"{folder} is a file, and a cache is a folder")
-    mend = f"run: relish cache repair {folder}" if name == MANIFEST else "restore it from a copy, or extract again"
+    mend = _MEND[name].format(folder=folder)
     try:
         value = read_versioned(
             path, format=FORMAT, version=VERSION, again="extract again", error=CacheError, sealed=True, mend=mend
@@ -133,6 +142,10 @@ def load_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
     except FileNotFoundError:
         if name == MANIFEST and (folder / COPY).exists():
             raise CacheError(f"the cache {folder} has lost its {MANIFEST}; {mend}") from None
+        if name == MANIFEST and (folder / ARCHIVE).exists():
+            raise CacheError(
+                f"{folder} is a packed cache; unpack it with: relish cache unpack {folder} CACHE"
+            ) from None
         raise CacheError(
             f"{folder} is not a relish cache: it has no {name}. Make one with: relish extract {folder} …"
         ) from None
@@ -168,9 +181,9 @@ def shard_file(split: str, number: int) -> str:
 
 
 def _split_record(name: str, value: dict[str, Any]) -> SplitRecord:
-    shards = tuple(_checked(ShardRecord(**shard)) for shard in value["shards"])
-    skipped = tuple(_checked(SkippedRow(**row)) for row in value["skipped"])
-    record = _checked(SplitRecord(**{**value, "shards": shards, "skipped": skipped}))
+    shards = tuple(checked(ShardRecord(**shard)) for shard in value["shards"])
+    skipped = tuple(checked(SkippedRow(**row)) for row in value["skipped"])
+    record = checked(SplitRecord(**{**value, "shards": shards, "skipped": skipped}))
     numbers = [shard.number for shard in shards]
     if [shard.file for shard in shards] != [shard_file(name, number) for number in sorted(set(numbers))]:
         raise ValueError(f"the names of the shards of {name}")
@@ -179,7 +192,12 @@ def _split_record(name: str, value: dict[str, Any]) -> SplitRecord:
     return record
 
 
-def _checked(record: Any) -> Any:
+def checked(record: Any) -> Any:
+    """The record itself.
+
+    Raises:
+        ValueError: if a field is not of the type it should be, or a number is negative.
+    """
     for name, kind in type(record).__annotations__.items():
         value = getattr(record, name)
         if (kind is int and not (type(value) is int and value >= 0)) or (kind is str and not isinstance(value, str)):

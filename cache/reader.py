@@ -5,6 +5,8 @@ import weakref
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,10 +14,10 @@ import numpy as np
 
 from .dtypes import storage_dtype
 from .errors import CacheError
-from .fileio import open_read, read_into
+from .fileio import open_read, read_into, read_soon
 from .identity import Identity
 from .manifest import Manifest, ShardRecord, load_manifest
-from .shard import HiddenLayout, read_index, way_out
+from .shard import HiddenLayout, read_columns, read_index, way_out
 
 if TYPE_CHECKING:
     import torch
@@ -118,6 +120,8 @@ class Split:
         dtype = storage_dtype(cache.identity.dtype)
         self._layouts = [HiddenLayout(len(cache.layers), shard.T, cache.hidden_size, dtype) for shard in shards]
         self._dtype = dtype
+        for shard in shards:
+            _read_index_soon(cache.folder / shard.file, shard)
         indexes = [read_index(cache.folder, shard, layout) for shard, layout in zip(shards, self._layouts, strict=True)]
         rows = np.concatenate([index.row for index in indexes])
         order = np.argsort(rows, kind="stable")
@@ -127,16 +131,23 @@ class Split:
         """(N,) int64, real tokens."""
         self.target = np.concatenate([index.target for index in indexes])[order]
         """(N,) float64, NaN if unlabelled."""
-        self.ids: list[str] = np.concatenate([index.ids for index in indexes])[order].tolist()
-        """N ids."""
+        self._ids = np.concatenate([index.ids for index in indexes])[order]
         self._checksum = np.concatenate([index.checksum for index in indexes])[order]
         self._checked = np.zeros(len(order), dtype=bool)
         counts = [shard.rows for shard in shards]
         self._shard_of = np.repeat(np.arange(len(shards)), counts)[order]
         self._position = np.concatenate([np.arange(count) for count in counts])[order]
+        first = [shard.offset + layout.place(0, layer) for shard, layout in zip(shards, self._layouts, strict=True)]
+        row_bytes = np.array([layout.row_bytes for layout in self._layouts])
+        self._begin = np.array(first)[self._shard_of] + self._position * row_bytes[self._shard_of]
 
     def __len__(self) -> int:
         return len(self.row)
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """N ids."""
+        return [value.decode() for value in self._ids.tolist()]
 
     def read(self, rows: "Sequence[int] | np.ndarray") -> Batch:
         """Read the hidden states of B rows; padding on disk is not read.
@@ -154,55 +165,59 @@ class Split:
         lengths = self.lengths[rows]
         T = int(lengths.max(initial=0))
         hidden = torch.empty(len(rows), T, self.cache.hidden_size, dtype=self._dtype.torch)
-        place = hidden.view(torch.uint8).numpy().data.cast("B")
         token_bytes = self._layouts[0].token_bytes
-        for number, (row, length) in enumerate(zip(rows.tolist(), lengths.tolist(), strict=True)):
-            begin = number * T * token_bytes
-            end = begin + length * token_bytes
-            self._read_row(row, place[begin:end])
-            place[end : begin + T * token_bytes] = bytes(T * token_bytes - (end - begin))
+        memory = hidden.view(torch.uint8).numpy().reshape(len(rows), T * token_bytes)
+        for row in rows[~self._checked[rows]].tolist():  # those read before are likely to be in memory
+            shard = int(self._shard_of[row])
+            begin = self._shards[shard].offset + self._layouts[shard].place(int(self._position[row]), 0)
+            read_soon(self._file(shard), begin, self._layouts[shard].row_bytes)
+        where = (rows, self._shard_of[rows], self._begin[rows], lengths * token_bytes, self._checked[rows])
+        for row, shard, begin, end, checked, values in zip(*(x.tolist() for x in where), memory, strict=True):
+            if checked:
+                self._fill(shard, values[:end].data, begin)
+            else:
+                self._fill_and_check(row, shard, values[:end].data)
+            values[end:] = 0
         mask = torch.arange(T) < torch.from_numpy(lengths)[:, None]
         return Batch(hidden, mask)
 
     def input_ids(self, row: int) -> np.ndarray:
         """Token ids of one row, (n,) int32, to show tokens beside what was computed from them."""
         shard = int(self._shard_of[row])
-        index = read_index(self.cache.folder, self._shards[shard], self._layouts[shard])
-        return index.input_ids[self._position[row], : self.lengths[row]]
+        (input_ids,) = read_columns(self._path(shard), self._shards[shard], self._layouts[shard], ("input_ids",))
+        return input_ids[self._position[row], : self.lengths[row]]
 
     def close(self) -> None:
         """Close the files; the next read opens them again."""
         _close_all(self._files)
 
-    def _read_row(self, row: int, place: memoryview) -> None:
-        shard, position = int(self._shard_of[row]), int(self._position[row])
-        record, layout = self._shards[shard], self._layouts[shard]
-        if self._checked[row]:
-            self._fill(shard, place, layout.place(position, self._layer))
-            return
+    def _fill_and_check(self, row: int, shard: int, place: memoryview) -> None:
+        record, layout, position = self._shards[shard], self._layouts[shard], int(self._position[row])
         # A row's CRC-32 covers all its layers, so the first read of a row takes them all.
         crc = 0
         for layer in range(layout.layers):
             target = place if layer == self._layer else memoryview(bytearray(len(place)))
-            self._fill(shard, target, layout.place(position, layer))
+            self._fill(shard, target, record.offset + layout.place(position, layer))
             crc = zlib.crc32(target, crc)
         if crc != self._checksum[row]:
             raise CacheError(
-                f"the shard {self.cache.folder / record.file} is damaged: the hidden states of row {self.row[row]} "
+                f"the shard {self._path(shard)} is damaged: the hidden states of row {self.row[row]} "
                 f"(id {self.ids[row]!r}) are not the ones that were written; {way_out(self.cache.folder)}"
             )
         self._checked[row] = True
 
     def _fill(self, shard: int, place: memoryview, offset: int) -> None:
-        path = self.cache.folder / self._shards[shard].file
         try:
-            count = read_into(self._file(shard), place, self._shards[shard].offset + offset)
+            count = read_into(self._file(shard), place, offset)
         except OSError as error:
             raise CacheError(
-                f"the shard {path} cannot be read ({error.strerror}); {way_out(self.cache.folder)}"
+                f"the shard {self._path(shard)} cannot be read ({error.strerror}); {way_out(self.cache.folder)}"
             ) from None
         if count != len(place):
-            raise CacheError(f"the shard {path} ends too early; {way_out(self.cache.folder)}")
+            raise CacheError(f"the shard {self._path(shard)} ends too early; {way_out(self.cache.folder)}")
+
+    def _path(self, shard: int) -> Path:
+        return self.cache.folder / self._shards[shard].file
 
     def _file(self, shard: int) -> int:
         if shard in self._files:
@@ -210,12 +225,11 @@ class Split:
             return self._files[shard]
         if len(self._files) >= _OPEN_FILES:
             os.close(self._files.popitem(last=False)[1])
-        path = self.cache.folder / self._shards[shard].file
         try:
-            self._files[shard] = open_read(path)
+            self._files[shard] = open_read(self._path(shard))
         except OSError as error:
             raise CacheError(
-                f"the shard {path} cannot be opened ({error.strerror}); {way_out(self.cache.folder)}"
+                f"the shard {self._path(shard)} cannot be opened ({error.strerror}); {way_out(self.cache.folder)}"
             ) from None
         return self._files[shard]
 
@@ -228,6 +242,13 @@ def open_cache(path: "str | os.PathLike[str]") -> FeatureCache:
     """
     folder = Path(path).resolve()  # so that a later chdir does not move a relative path
     return FeatureCache(folder, load_manifest(folder))
+
+
+def _read_index_soon(path: Path, shard: ShardRecord) -> None:
+    with suppress(OSError):  # read_index says what is wrong
+        descriptor = open_read(path)
+        read_soon(descriptor, 0, shard.offset)
+        os.close(descriptor)
 
 
 def _close_all(files: "OrderedDict[int, int]") -> None:

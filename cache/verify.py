@@ -74,7 +74,7 @@ def _changed_rows(path: Path, record: ShardRecord, layout: HiddenLayout, index: 
                 padding = padding or any(buffer[end : begin + layout.T * layout.token_bytes])
             if crc != index.checksum[position] or padding:
                 where = "padding" if crc == index.checksum[position] else "hidden states"
-                wrong.append(f"the {where} of row {index.row[position]} (id {index.ids[position]!r}) changed")
+                wrong.append(f"the {where} of row {index.row[position]} (id {index.ids[position].decode()!r}) changed")
     finally:
         os.close(descriptor)
     return wrong

@@ -72,7 +72,7 @@ class CacheWriter:
         else:
             if folder.exists() and not folder.is_dir():
                 raise CacheError(f"{folder} is a file; a cache is a folder. Choose another name")
-            if folder.exists() and any(not _may_be_ours(entry.name) for entry in folder.iterdir()):
+            if folder.exists() and any(not may_be_ours(entry.name) for entry in folder.iterdir()):
                 raise CacheError(f"{folder} holds other files and is not a relish cache; choose a new or empty folder")
             self.manifest = Manifest(identity, label_range, task, made_by)
 
@@ -230,7 +230,8 @@ def cut_into_shards(lengths: np.ndarray, shard_rows: int) -> list[np.ndarray]:
     return shards
 
 
-def _may_be_ours(name: str) -> bool:
+def may_be_ours(name: str) -> bool:
+    """Whether a file may be in a folder that is to become a cache."""
     # A process killed before its first manifest leaves a shard; hidden files are temporary ones, the lock, or the
     # system's.
     return name.endswith(".h5") or name.startswith(".")

@@ -173,9 +173,10 @@ def test_links_to_files_lead_somewhere(document: str) -> None:
 def test_every_field_of_the_manifest_is_described() -> None:
     from dataclasses import fields
 
+    from relish.cache.archive import PackedShard
     from relish.cache.identity import Identity
     from relish.cache.manifest import Manifest, ShardRecord, SplitRecord
 
-    for record in (Identity, Manifest, SplitRecord, ShardRecord):
+    for record in (Identity, Manifest, SplitRecord, ShardRecord, PackedShard):
         for field in fields(record):
             assert f"| `{field.name}` |" in CACHE_README, field.name

@@ -45,6 +45,14 @@ def test_reading_past_the_end_says_how_much_there_was(descriptor):
     assert read(descriptor, 5, 9) == (0, bytes(5))
 
 
+def test_asking_for_bytes_ahead_of_time_harms_nothing(descriptor):
+    fileio.write_at(descriptor, memoryview(b"abc"), 0)
+    fileio.read_soon(descriptor, 0, 10)
+    fileio.read_soon(-1, 0, 10)
+    fileio.read_soon(descriptor, 0, 1 << 63)
+    assert read(descriptor, 3, 0) == (3, b"abc")
+
+
 def test_short_reads_and_writes_are_taken_up_where_they_stopped(descriptor, monkeypatch):
     data = bytes(range(256))
     for name in ("preadv", "pwrite", "read", "write"):

@@ -20,36 +20,11 @@ import time
 from pathlib import Path
 from random import Random
 
+from backbones import WORDS, tiny_model
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-WORDS = ("warm", "clever", "bright", "moving", "fresh", "dull", "clumsy", "bleak", "noisy", "stale", "film", "play")
-
-
-def make_model(folder: Path) -> None:
-    """A llama of two layers, 32 wide, over a vocabulary of words."""
-    import torch
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    vocabulary = {word: number for number, word in enumerate(["<pad>", "<unk>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", model_max_length=128
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-    )
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
 def make_rows(path: Path, count: int) -> None:
@@ -126,7 +101,7 @@ def main() -> None:
     draw = Random(given.seed)
     home = Path(tempfile.mkdtemp(prefix="load-faults-"))
     model, table = home / "model", home / "train.jsonl"
-    assert wait(fork(lambda: make_model(model))) == 0
+    assert wait(fork(lambda: tiny_model(model))) == 0
     make_rows(table, given.rows)
 
     def words(folder: Path) -> list[str]:

@@ -11,7 +11,7 @@ counts is real tokens per second of wall time.
 - floor: the forward passes alone, nothing kept; of several batch shapes the best. It is given what relish has to work
   for: tokens at hand, no mask (right padding is behind all that a causal LM looks at), nothing written.
 - padded to 256: as in the authors' module, `padding="max_length"` and `output_hidden_states=True`, batches of 32 in the
-  order of the file. The LM head, which the module runs too, is left out.
+  order of the file; without an LM head.
 - padded to the longest: the same, `padding="longest"`.
 - sentence-transformers: `encode(output_value="token_embeddings")`.
 - pipeline: transformers' feature-extraction pipeline as it comes.
@@ -22,91 +22,17 @@ Then: layers in the middle, how long the forward passes waited for the writing, 
 
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
-from itertools import count
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from backbones import smollm2_folder, tiny_model
 from measure import Figures, Rival, arguments, race, save, table
-from texts import Row, sample, settings, texts
+from passes import MAX_LENGTH, SHAPES, WARM_UP, all_shapes, floor, longest, models, named, relish
+from texts import Row, sample, texts
 
-MAX_LENGTH = 256
 BATCH = 32
-WARM_UP = 4
-SHAPES: tuple[int | None, ...] = (None, 512, 1024, 2048, 4096, 8192)
-"""Token slots of a batch, padding included; None: only rows of one length together, which leaves no padding."""
 MEMORY_ROWS = (128, 512, 2048)
-
-
-def relish(model: Path, rows: list[Row], layer: int | float, home: Path) -> Callable[[], dict[str, Any]]:
-    from relish.extract import pipeline
-    from relish.extract.sink import ShardSink
-    from relish.extract.sources import load_texts
-
-    waited = {"put": 0.0, "end": 0.0}
-
-    class TimedSink(ShardSink):
-        """Notes how long the forward passes wait for the writing, and how long the writing goes on after the last."""
-
-        def put(self, *batch: Any) -> None:
-            started = time.perf_counter()
-            super().put(*batch)
-            waited["put"] += time.perf_counter() - started
-
-        def __exit__(self, *error: Any) -> None:
-            started = time.perf_counter()
-            super().__exit__(*error)
-            waited["end"] += time.perf_counter() - started
-
-    pipeline.ShardSink = TimedSink
-    chosen = settings(model, rows, layers=(layer,), max_length=_max_length(model))
-    backbone = pipeline.open_backbone(chosen)
-    backbone.load()
-    fresh = (home / f"{layer}-{len(rows)}-{number}" for number in count())
-
-    def work(some: int = len(rows)) -> dict[str, Any]:
-        waited.update(put=0.0, end=0.0)
-        data = load_texts(settings(model, rows[:some]), None)
-        done = pipeline.fill_cache(next(fresh), data, backbone, chosen)
-        return {"tokens": done.tokens, "waited_s": waited["put"], "last_commit_s": waited["end"]}
-
-    work(WARM_UP)
-    return work
-
-
-def floor(model: Path, rows: list[Row], shape: int | None) -> Callable[[], dict[str, Any]]:
-    forward, tokens = _bare(model, rows)
-    batches = _batches(tokens, shape)
-    forward(batches[-1])
-
-    def work() -> dict[str, Any]:
-        for batch in batches:
-            forward(batch)
-        return {"tokens": sum(map(len, tokens))}
-
-    return work
-
-
-def all_shapes(model: Path, rows: list[Row], rounds: int) -> Callable[[], dict[int | None, list[float]]]:
-    """Seconds of each batch shape."""
-    forward, tokens = _bare(model, rows)
-
-    def work() -> dict[int | None, list[float]]:
-        seconds: dict[int | None, list[float]] = {shape: [] for shape in SHAPES}
-        for number in range(rounds + 1):
-            for shape in SHAPES:
-                started = time.perf_counter()
-                for batch in _batches(tokens, shape):
-                    forward(batch)
-                if number:  # the first is the warm-up
-                    seconds[shape].append(time.perf_counter() - started)
-        return seconds
-
-    return work
 
 
 def padded(model: Path, rows: list[Row], padding: str) -> Callable[[], dict[str, Any]]:
@@ -114,7 +40,7 @@ def padded(model: Path, rows: list[Row], padding: str) -> Callable[[], dict[str,
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer, backbone = AutoTokenizer.from_pretrained(model), AutoModel.from_pretrained(model).eval()
-    everything, length = texts(rows), _max_length(model)
+    everything, length = texts(rows), longest(model)
 
     def work(some: int = len(rows)) -> dict[str, Any]:
         tokens = 0
@@ -142,7 +68,7 @@ def sentence_transformers(model: Path, rows: list[Row]) -> Callable[[], dict[str
     from sentence_transformers import SentenceTransformer
 
     backbone = SentenceTransformer(str(model), device="cpu")
-    backbone.max_seq_length = _max_length(model)
+    backbone.max_seq_length = longest(model)
     everything = texts(rows)
 
     def work(some: int = len(rows)) -> dict[str, Any]:
@@ -166,42 +92,6 @@ def feature_pipeline(model: Path, rows: list[Row]) -> Callable[[], dict[str, Any
     return work
 
 
-def _max_length(model: Path) -> int:
-    from transformers import AutoConfig
-
-    return min(MAX_LENGTH, AutoConfig.from_pretrained(model).max_position_embeddings)
-
-
-def _bare(model: Path, rows: list[Row]) -> tuple[Callable[[list[np.ndarray]], None], list[np.ndarray]]:
-    import torch
-    from transformers import AutoModel, AutoTokenizer
-
-    backbone, tokenizer = AutoModel.from_pretrained(model).eval(), AutoTokenizer.from_pretrained(model)
-    tokens = [np.array(tokens) for tokens in tokenizer(texts(rows))["input_ids"]]
-
-    def forward(batch: list[np.ndarray]) -> None:
-        ids = np.zeros((len(batch), max(map(len, batch))), dtype=np.int64)
-        for number, row in enumerate(batch):
-            ids[number, : len(row)] = row
-        with torch.inference_mode():
-            backbone(input_ids=torch.from_numpy(ids), use_cache=False)
-
-    return forward, sorted(tokens, key=len, reverse=True)
-
-
-def _batches(tokens: list[np.ndarray], shape: int | None) -> list[list[np.ndarray]]:
-    """Batches of rows that are sorted by length."""
-    batches: list[list[np.ndarray]] = []
-    for row in tokens:
-        last = batches[-1] if batches else []
-        fits = last and (len(last[0]) == len(row) if shape is None else (len(last) + 1) * len(last[0]) <= shape)
-        if fits:
-            last.append(row)
-        else:
-            batches.append([row])
-    return batches
-
-
 def rate(figures: Figures) -> float:
     """Real tokens per second."""
     return figures.value["tokens"] / figures.median
@@ -220,21 +110,6 @@ def memory(model: Path, rows: list[Row], home: Path, sizes: tuple[int, ...]) -> 
     many = [rows[number % len(rows)] for number in range(max(sizes))]
     rivals = [Rival(str(size), relish, (model, many[:size], 1.0, home / "memory")) for size in sizes]
     return {int(name): figures.peak_mb for name, figures in race(rivals, rounds=1, warm_up=0).items()}
-
-
-def models(home: Path, small: bool) -> Callable[[], tuple[Path, Path]]:
-    """The backbone, and one that is as wide, or tiny, for the question of memory.
-
-    For a process of its own: what this one holds in memory would count as its children's.
-    """
-
-    def work() -> tuple[Path, Path]:
-        if small:
-            tiny = tiny_model(home / "tiny")
-            return tiny, tiny
-        return smollm2_folder(), tiny_model(home / "wide", hidden_size=576, layers=1)
-
-    return work
 
 
 def rivals_of(model: Path, rows: list[Row], middle: tuple[int, ...], shape: int | None, home: Path) -> Iterator[Rival]:
@@ -275,7 +150,7 @@ def main() -> None:
     ours = figures["relish"]
     tokens = {one.value["tokens"] for one in figures.values()}
     assert len(tokens) == 1, f"the rivals read different texts: {tokens} tokens"
-    print(f"{len(rows)} rows, {tokens.pop():,} tokens, {rounds} rounds; the floor's batches: {_named(shape)}\n")
+    print(f"{len(rows)} rows, {tokens.pop():,} tokens, {rounds} rounds; the floor's batches: {named(shape)}\n")
     shown = [
         [name, f"{rate(one):,.0f}", f"{ratio(ours, one):.2f}", f"{one.median:.2f}", f"{one.peak_mb:,.0f}"]
         for name, one in figures.items()
@@ -295,8 +170,8 @@ def main() -> None:
             "rows": len(rows),
             "rounds": rounds,
             "small": given.small,
-            "floor_shape": _named(shape),
-            "floor_shapes_s": {_named(one): seconds for one, seconds in shapes.value.items()},
+            "floor_shape": named(shape),
+            "floor_shapes_s": {named(one): seconds for one, seconds in shapes.value.items()},
             "rivals": {
                 name: {"tokens_per_s": rate(one), "relish_times": ratio(ours, one), **one.to_json()}
                 for name, one in figures.items()
@@ -304,10 +179,6 @@ def main() -> None:
             "peak_mb_by_rows": peaks,
         },
     )
-
-
-def _named(shape: int | None) -> str:
-    return "rows of one length" if shape is None else f"{shape} token slots"
 
 
 if __name__ == "__main__":

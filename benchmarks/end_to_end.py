@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from measure import Figures, Rival, arguments, race, save, table
-from passes import SHAPES, all_shapes, floor, models, named, relish
-from texts import Row, sample
+from passes import SHAPES, all_shapes, extracted, floor, models, named, relish
+from texts import sample
 
 ROWS = 5749
 EPOCHS = 5
@@ -84,17 +84,6 @@ def reading(cache: Path) -> Callable[[], None]:
 
     work()
     return work
-
-
-def extracted(model: Path, rows: list[Row], home: Path) -> Callable[[], str]:
-    """A cache to train from."""
-    work = relish(model, rows, 1.0, home)
-
-    def once() -> str:
-        work()
-        return str(home / f"1.0-{len(rows)}-1")
-
-    return once
 
 
 def main() -> None:

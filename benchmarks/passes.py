@@ -67,6 +67,17 @@ def relish(model: Path, rows: list[Row], layer: int | float, home: Path) -> Call
     return work
 
 
+def extracted(model: Path, rows: list[Row], home: Path) -> Callable[[], str]:
+    """A cache to train from."""
+    work = relish(model, rows, 1.0, home)
+
+    def once() -> str:
+        work()
+        return str(home / f"1.0-{len(rows)}-1")
+
+    return once
+
+
 def floor(model: Path, rows: list[Row], shape: int | None) -> Callable[[], dict[str, Any]]:
     forward, tokens = _bare(model, rows)
     batches = _batches(tokens, shape)

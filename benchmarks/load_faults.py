@@ -20,41 +20,16 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
+from backbones import WORDS, tiny_model
 from measure import machine
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-WORDS = ("warm", "clever", "bright", "moving", "fresh", "dull", "clumsy", "bleak", "noisy", "stale", "film", "play")
-
-
-def make_model(folder: Path) -> None:
-    """A llama of two layers, 256 wide, over a vocabulary of words."""
-    import torch
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    vocabulary = {word: number for number, word in enumerate(["<pad>", "<unk>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", model_max_length=128
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=256,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-    )
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
 def make_rows(path: Path, count: int) -> None:
@@ -65,7 +40,7 @@ def make_rows(path: Path, count: int) -> None:
             file.write(json.dumps({"id": number, "text": text, "score": round(draw.uniform(0, 5), 2)}) + "\n")
 
 
-def fork(task) -> int:
+def fork(task: Callable[[], object]) -> int:
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -157,7 +132,7 @@ def main() -> None:
     draw = Random(given.seed)
     home = Path(tempfile.mkdtemp(prefix="load-faults-"))
     model, table = home / "model", home / "train.jsonl"
-    assert wait(fork(lambda: make_model(model))) == 0
+    assert wait(fork(lambda: tiny_model(model, hidden_size=256))) == 0
     make_rows(table, given.rows)
     tenth = home / "tenth.jsonl"
     make_rows(tenth, given.rows // 10)

@@ -139,13 +139,15 @@ class Backbone:
         return rows, len(too_long)
 
     def load(self) -> None:
-        """Load the weights onto the device, and drop the blocks above the highest layer that is asked for.
+        """Load the weights onto the device, and drop the blocks above the highest layer that is asked for; once.
 
         Raises:
             BackboneError: if they cannot be loaded.
         """
         import torch
 
+        if self._model is not None:
+            return
         options = {"dtype": self.compute_dtype, "attn_implementation": "sdpa"}
         try:
             model = self._from_pretrained("AutoModel", **options)
@@ -187,8 +189,7 @@ class Backbone:
         """
         import torch
 
-        if self._model is None:
-            self.load()
+        self.load()
         T = max(len(row) for row in rows)
         input_ids = np.zeros((len(rows), T), dtype=np.int64)
         mask = np.zeros((len(rows), T), dtype=np.int64)

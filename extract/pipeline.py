@@ -19,8 +19,8 @@ from .batches import Budget, run_in_batches
 from .files import find_backbone
 from .rows import SplitData
 from .settings import ExtractSettings
-from .sink import ShardSink
-from .sources import load_texts
+from .sink import ShardSink, SinkShard
+from .sources import TextData, load_texts
 
 
 class Progress(Protocol):
@@ -71,21 +71,36 @@ def extract_cache(cache: str | Path, settings: ExtractSettings, *, progress: Pro
         CacheError: if the folder holds a cache made with anything different.
     """
     folder = Path(cache).resolve()
-    note = progress.note if progress is not None else _ignore
     known = manifest_to_resume(folder)
     # Rows before the model: one of the hub is gigabytes to fetch, and a wrong column is not worth that.
     data = load_texts(settings, known.label_range if known is not None else None)
-    files = find_backbone(settings.model, gguf_file=settings.gguf_file, revision=settings.revision)
-    if data.range_was_taken:
-        low, high = data.label_range
-        note(f"label range {low:g} to {high:g}, taken from the training split (--label-range sets it)")
-    backbone = Backbone(
-        files,
+    return fill_cache(folder, data, open_backbone(settings), settings, progress=progress)
+
+
+def open_backbone(settings: ExtractSettings) -> Backbone:
+    """Find the backbone and read its configuration and tokenizer; its weights are loaded when they are needed.
+
+    Raises:
+        BackboneError: if it is not found, or is none.
+        SettingsError: if a layer is deeper than the backbone, or the device is not there.
+    """
+    return Backbone(
+        find_backbone(settings.model, gguf_file=settings.gguf_file, revision=settings.revision),
         layers=settings.layers,
         compute_dtype=settings.compute_dtype,
         device=settings.device,
         trust_remote_code=settings.trust_remote_code,
     )
+
+
+def fill_cache(
+    folder: Path, data: TextData, backbone: Backbone, settings: ExtractSettings, *, progress: Progress | None = None
+) -> ExtractSummary:
+    """`extract_cache`, once the texts are read and the backbone is found."""
+    note = progress.note if progress is not None else _ignore
+    if data.range_was_taken:
+        low, high = data.label_range
+        note(f"label range {low:g} to {high:g}, taken from the training split (--label-range sets it)")
     max_length = choose_max_length(settings.max_length, backbone)
     writer = CacheWriter(
         folder,
@@ -112,17 +127,16 @@ def extract_cache(cache: str | Path, settings: ExtractSettings, *, progress: Pro
             pass  # entering puts the manifest back
     if pending:
         with writer.writing():
-            note(f"loading {files.name} ({backbone.compute_dtype}, {backbone.device})".replace("torch.", ""))
+            note(f"loading {backbone.files.name} ({backbone.compute_dtype}, {backbone.device})".replace("torch.", ""))
             backbone.load()
             started = time.perf_counter()
             todo = [len(rows.tokens[row]) for _, rows, split, number in pending for row in split.members(number)]
             if progress is not None:
                 progress.begin(len(todo), sum(todo))
             budget = Budget(settings.batch_tokens or backbone.default_batch_tokens)
-            for name, rows, split, number in pending:
-                computed += _extract_shard(
-                    backbone, name, rows, split, number, budget, progress, skip=settings.on_nonfinite == "skip"
-                )
+            with ShardSink(skip=settings.on_nonfinite == "skip") as sink:
+                for name, rows, split, number in pending:
+                    computed += _extract_shard(backbone, name, rows, split, number, budget, sink, progress)
     records = [split.record for _, _, split in splits]
     shards = [shard for record in records for shard in record.shards]
     return ExtractSummary(
@@ -201,20 +215,18 @@ def _extract_shard(
     split: SplitWriter,
     number: int,
     budget: Budget,
+    sink: ShardSink,
     progress: Progress | None,
-    *,
-    skip: bool,
 ) -> int:
     members = split.members(number)
     tokens = [rows.tokens[row] for row in members]
     lengths = [len(row) for row in tokens]
     names = [f"row {row + 1} of {name} (id {rows.ids[row]!r})" for row in members]
-    with split.shard(number) as shard, ShardSink(shard, lengths=lengths, names=names, skip=skip) as sink:
-        forward = partial(_forward, backbone, tokens)
-        for batch, states in run_in_batches(lengths, budget, forward):
-            sink.put(batch, states)
-            if progress is not None:
-                progress.advance(len(batch), sum(lengths[i] for i in batch))
+    shard = SinkShard(partial(split.shard, number), lengths, names)
+    for batch, states in run_in_batches(lengths, budget, partial(_forward, backbone, tokens)):
+        sink.put(shard, batch, states)
+        if progress is not None:
+            progress.advance(len(batch), sum(lengths[i] for i in batch))
     return sum(lengths)
 
 

@@ -1,14 +1,17 @@
 """The writing side of extraction: a thread that takes hidden states from the device, checks them and writes them.
 
-Copying, checking, hashing and writing happen while the backbone computes the next batch.
+Copying, checking, hashing, writing and the commit of each shard happen while the backbone computes what comes next.
 """
 
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from ..cache.dtypes import StorageDtype
 from ..cache.errors import DataError
 from ..cache.shard import ShardWriter
 
@@ -18,35 +21,45 @@ if TYPE_CHECKING:
 _AHEAD = 2  # batches that may wait: enough to overlap, few enough to keep memory flat
 
 
-class ShardSink:
-    """Writes the batches of one shard in the background; leaving the block waits for the last one."""
+@dataclass(frozen=True, eq=False)
+class SinkShard:
+    """A shard to be written."""
 
-    def __init__(
-        self, writer: ShardWriter, *, lengths: Sequence[int], names: Sequence[str], skip: bool = False
-    ) -> None:
+    open: Callable[[], AbstractContextManager[ShardWriter]]
+    """Begins it; leaving the block commits it."""
+    lengths: Sequence[int]
+    """Real tokens of each of its rows."""
+    names: Sequence[str]
+    """How messages call each row, "row 17 (id 'a') of train"."""
+
+
+class ShardSink:
+    """Writes shards in the background, one after another; leaving the block waits for the last commit.
+
+    A shard is begun with its first batch and committed with its last. One that has not got all its rows when the block
+    is left is dropped.
+    """
+
+    def __init__(self, *, skip: bool = False) -> None:
         """Args:
-        writer: the shard.
-        lengths: real tokens of each of its rows.
-        names: how messages call each row, "row 17 (id 'a') of train".
         skip: whether rows that cannot be stored are left out; if not, they are an error.
         """
-        self._writer = writer
-        self._lengths = lengths
-        self._names = names
         self._skip = skip
-        self._dropped = False
-        self._queue: queue.Queue[tuple[range, Any] | None] = queue.Queue(_AHEAD)
+        self._queue: queue.Queue[tuple[SinkShard, range, Any] | None] = queue.Queue(_AHEAD)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="relish-shard-writer", daemon=True)
 
-    def put(self, rows: range, states: "torch.Tensor") -> None:
+    def put(self, shard: SinkShard, rows: range, states: "torch.Tensor") -> None:
         """Hand over the hidden states (B, K, T, D) of a batch, in the compute dtype, on the device.
+
+        The batches of a shard come in order, without those of another between them.
 
         Raises:
             DataError: if an earlier batch held values that cannot be stored.
+            CacheError: if an earlier batch or shard could not be written.
         """
         self._raise_error()
-        self._queue.put((rows, states))
+        self._queue.put((shard, rows, states))
 
     def __enter__(self) -> "ShardSink":
         self._thread.start()
@@ -55,49 +68,66 @@ class ShardSink:
     def __exit__(
         self, kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
-        self._dropped = kind is not None  # then what waits in the queue need not be written
         self._queue.put(None)
         self._thread.join()
         if kind is None:
             self._raise_error()
 
     def _work(self) -> None:
-        while (item := self._queue.get()) is not None:
-            if (
-                self._error is None and not self._dropped
-            ):  # after an error the queue is only drained, so that `put` never blocks
-                try:
-                    self._write(*item)
-                except BaseException as error:
-                    self._error = error
+        batches = iter(self._queue.get, None)
+        try:
+            for batch in batches:
+                self._write_shard(batch, batches)
+        except BaseException as error:
+            self._error = error
+        for _ in batches:
+            pass  # so that `put` never blocks
 
-    def _write(self, rows: range, states: "torch.Tensor") -> None:
-        stored = states.to(self._writer.layout.dtype.torch).cpu()
+    def _write_shard(
+        self, batch: tuple[SinkShard, range, Any], batches: Iterator[tuple[SinkShard, range, Any]]
+    ) -> None:
+        shard, rows, states = batch
+        with shard.open() as writer:
+            self._write(writer, shard, rows, states)
+            while rows.stop < len(shard.lengths):
+                following = next(batches, None)
+                if following is None:
+                    raise _Unfinished
+                _, rows, states = following
+                self._write(writer, shard, rows, states)
+
+    def _write(self, writer: ShardWriter, shard: SinkShard, rows: range, states: "torch.Tensor") -> None:
+        dtype = writer.layout.dtype
+        stored = states.to(dtype.torch).cpu()
         for number, row in enumerate(rows):
-            values = stored[number, :, : self._lengths[row]]
+            values = stored[number, :, : shard.lengths[row]]
             # A sum is finite only if all its terms are, and is one pass where isfinite().all() is two.
             if not values.sum(dtype=values.new_empty(0).float().dtype).isfinite() and not values.isfinite().all():
-                why, instead = self._why(states[number, :, : self._lengths[row]])
+                why, instead = _why(states[number, :, : shard.lengths[row]], dtype)
                 if not self._skip:
                     raise DataError(
-                        f"{self._names[row]} has {why}; nothing of its shard was kept. "
+                        f"{shard.names[row]} has {why}; nothing of its shard was kept. "
                         f"Try {instead}, or --on-nonfinite skip to leave such rows out"
                     )
-                self._writer.skip(row, why)
+                writer.skip(row, why)
             else:
-                self._writer.write(row, values)
-
-    def _why(self, values: "torch.Tensor") -> tuple[str, str]:
-        import torch
-
-        if not values.isfinite().all():
-            return "NaN or infinity in its hidden states", "--compute-dtype float32"
-        dtype = self._writer.layout.dtype
-        largest, end = values.abs().max().item(), torch.finfo(dtype.torch).max
-        shown = [f"{value:,.0f}" if value < 1e15 else f"{value:g}" for value in (largest, end)]
-        wider = "bfloat16" if dtype.name == "float16" else "float32"
-        return f"a hidden state of {shown[0]}, and {dtype.name} ends at {shown[1]}", f"--dtype {wider}"
+                writer.write(row, values)
 
     def _raise_error(self) -> None:
         if self._error is not None:
             raise self._error
+
+
+class _Unfinished(Exception):
+    """The extraction ended in the middle of a shard."""
+
+
+def _why(values: "torch.Tensor", dtype: StorageDtype) -> tuple[str, str]:
+    import torch
+
+    if not values.isfinite().all():
+        return "NaN or infinity in its hidden states", "--compute-dtype float32"
+    largest, end = values.abs().max().item(), torch.finfo(dtype.torch).max
+    shown = [f"{value:,.0f}" if value < 1e15 else f"{value:g}" for value in (largest, end)]
+    wider = "bfloat16" if dtype.name == "float16" else "float32"
+    return f"a hidden state of {shown[0]}, and {dtype.name} ends at {shown[1]}", f"--dtype {wider}"

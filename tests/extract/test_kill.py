@@ -118,15 +118,17 @@ def test_killed_at_twenty_random_moments(command, whole, relish_process, tmp_pat
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_drops_the_shard_at_work_and_says_how_to_go_on(command, whole, relish_process, tmp_path, number, code):
     folder = tmp_path / "c"
-    pid = relish_process.start(*command(folder), pause=0.3)
-    while not (folder / ".train-00001.h5.tmp").exists():
+    # A row at a time: the third shard, of five rows, is begun with its first, and the others are still to come.
+    pid = relish_process.start(*command(folder, "--batch-tokens", "1"), pause=0.3)
+    while not (folder / ".train-00002.h5.tmp").exists():
         time.sleep(0.01)
     os.kill(pid, number)
     done = relish_process.wait(pid)
     assert (done.code, done.stdout) == (code, "")
     assert done.stderr.endswith("interrupted; what is finished is kept: run the same command again to go on\n")
     assert "Traceback" not in done.stderr
-    assert sorted(files(folder)) == [".lock", "manifest.copy.json", "manifest.json", "train-00000.h5"]
+    kept = ["train-00000.h5", "train-00001.h5"]
+    assert sorted(files(folder)) == [".lock", "manifest.copy.json", "manifest.json", *kept]
     done = relish_process.run(*command(folder))
     assert done.code == 0, done.stderr
     assert files(folder) == whole

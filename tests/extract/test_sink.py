@@ -1,5 +1,6 @@
 import threading
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -8,20 +9,35 @@ import torch
 from relish.cache.dtypes import storage_dtype
 from relish.cache.errors import DataError
 from relish.cache.shard import HiddenLayout
-from relish.extract.sink import ShardSink
+from relish.extract.sink import ShardSink, SinkShard
 
 LENGTHS = [4, 3, 3, 1]
 NAMES = [f"row {number + 1} of train (id 'r{number}')" for number in range(4)]
 
 
 class Shard:
-    """Stands for a ShardWriter: keeps what is written, and may be slow or fail."""
+    """Stands for a ShardWriter: keeps what is written and how it ended, and may be slow or fail."""
 
-    def __init__(self, dtype="bfloat16", layers=2, delay=0.0, error=None):
+    def __init__(self, dtype="bfloat16", layers=2, delay=0.0, error=None, commit_delay=0.0, commit_error=None):
         self.layout = HiddenLayout(layers, 4, 5, storage_dtype(dtype))
         self.written = {}
         self.delay, self.error = delay, error
+        self.commit_delay, self.commit_error = commit_delay, commit_error
         self.thread = None
+        self.state = "waiting"
+
+    @contextmanager
+    def open(self):
+        self.state = "open"
+        try:
+            yield self
+            time.sleep(self.commit_delay)
+            if self.commit_error is not None:
+                raise self.commit_error
+        except BaseException:
+            self.state = "dropped"
+            raise
+        self.state = "committed"
 
     def write(self, position, values):
         self.thread = threading.current_thread()
@@ -31,8 +47,23 @@ class Shard:
         self.written[position] = values.clone()
 
 
+class OneShard(ShardSink):
+    """A sink for the batches of one shard."""
+
+    def __init__(self, shard):
+        super().__init__()
+        self.shard = sink_shard(shard)
+
+    def put(self, rows, states):
+        super().put(self.shard, rows, states)
+
+
+def sink_shard(shard):
+    return SinkShard(shard.open, LENGTHS, NAMES)
+
+
 def open_sink(shard):
-    return ShardSink(shard, lengths=LENGTHS, names=NAMES)
+    return OneShard(shard)
 
 
 def states(rows=4, layers=2):
@@ -40,9 +71,10 @@ def states(rows=4, layers=2):
 
 
 def put_many(shard, times, after=lambda: None):
+    """Hand over the first row again and again: the shard never gets its last one."""
     with open_sink(shard) as sink:
         for _ in range(times):
-            sink.put(range(4), states())
+            sink.put(range(1), states(1))
             after()
 
 
@@ -104,10 +136,10 @@ def test_a_value_beyond_float16_is_named_with_the_largest():
 
 
 def test_large_values_that_are_finite_are_kept():
-    values = torch.full((1, 2, 4, 5), 3e38)
+    values = torch.full((4, 2, 4, 5), 3e38)
     shard = Shard("float32")
     with open_sink(shard) as sink:
-        sink.put(range(1), values)
+        sink.put(range(4), values)
     assert torch.equal(shard.written[0], values[0])
 
 
@@ -125,21 +157,81 @@ def test_the_error_shows_at_a_later_put_already():
 
 
 def test_an_error_of_the_block_is_the_one_that_comes_out():
-    def interrupt():
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        put_many(Shard(error=OSError("full")), 1, interrupt)
-    assert alive() == []
+    interrupt_after((sink_shard(Shard(error=OSError("full"))), range(1)))
 
 
 def test_few_batches_wait():
     shard = Shard(delay=0.02)
-    batch = states(1)
     with open_sink(shard) as sink:
-        for _ in range(12):
-            sink.put(range(1), batch)
+        for row in (*[0] * 12, 3):
+            sink.put(range(row, row + 1), states(1))
             assert sink._queue.qsize() <= 2
+
+
+# Several shards
+
+
+def test_a_shard_is_begun_with_its_first_batch_and_committed_with_its_last():
+    first, second = Shard(), Shard()
+    with ShardSink() as sink:
+        one, two = sink_shard(first), sink_shard(second)
+        sink.put(one, range(0, 2), states(2))
+        wait_for(lambda: len(first.written) == 2)
+        assert (first.state, second.state) == ("open", "waiting")
+        sink.put(one, range(2, 4), states(2))
+        wait_for(lambda: first.state == "committed")  # without a batch of the next
+        sink.put(two, range(0, 4), states())
+    assert second.state == "committed"
+    assert first.thread is second.thread
+
+
+def test_a_commit_keeps_nobody_waiting():
+    shards = [Shard(commit_delay=0.3) for _ in range(2)]
+    started = time.perf_counter()
+    with ShardSink() as sink:
+        for shard in shards:
+            sink.put(sink_shard(shard), range(4), states())
+        assert time.perf_counter() - started < 0.2
+    assert [shard.state for shard in shards] == ["committed"] * 2
+
+
+def test_a_commit_that_fails_drops_what_comes_after():
+    first, second = Shard(commit_error=OSError("full")), Shard()
+
+    def run():
+        with ShardSink() as sink:
+            for shard in (first, second):
+                sink.put(sink_shard(shard), range(4), states())
+
+    with pytest.raises(OSError, match="full"):
+        run()
+    assert (first.state, second.state) == ("dropped", "waiting")
+    assert alive() == []
+
+
+def interrupt_after(*handed_over):
+    def run():
+        with ShardSink() as sink:
+            for shard, rows in handed_over:
+                sink.put(shard, rows, states(len(rows)))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert alive() == []
+
+
+def test_an_interruption_keeps_the_shard_that_was_complete_and_drops_the_one_at_work():
+    first, second = Shard(commit_delay=0.1), Shard()
+    interrupt_after((sink_shard(first), range(4)), (sink_shard(second), range(2)))
+    assert (first.state, second.state) == ("committed", "dropped")
+
+
+def wait_for(condition):
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
 
 
 def test_hidden_states_made_in_inference_mode_are_taken():

@@ -152,4 +152,6 @@ def test_long_rows_are_read_without_projecting_them():
     assert chosen(T=256, depth=3) is Direct
     assert chosen(T=52, depth=3) is Projected
     assert chosen(T=64, depth=1) is Direct
+    assert chosen(T=128, depth=3) is Projected
+    assert chosen(T=128, depth=3, training=False) is Direct
     assert chosen(T=256, depth=8) is Projected

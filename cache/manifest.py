@@ -64,6 +64,8 @@ class SplitRecord:
     """Rows that were cut to max_length."""
     planned: int
     """Shards the split will have."""
+    shard_rows: int
+    """Most rows in a shard, as the split was begun: another number would cut it otherwise."""
     fingerprint: str
     """sha256 over the ordered ids, texts, targets and tokens."""
     skipped: tuple[SkippedRow, ...] = ()
@@ -80,6 +82,11 @@ class SplitRecord:
     def complete(self) -> bool:
         """Whether every shard is there."""
         return len(self.done) == self.planned
+
+    @property
+    def covered(self) -> int:
+        """Rows that need no work any more."""
+        return sum(shard.rows for shard in self.shards) + len(self.skipped)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ def merge_caches(out: Path, caches: list[Path], progress: Callable[[int, int], N
     """Copy the splits of several caches into a new one, checking every byte.
 
     A split may stand in several caches if it was made from the same rows; a complete one is taken before an unfinished
-    one.
+    one, and one with more rows before one with fewer.
 
     Raises:
         CacheError: if `out` exists, identities or label ranges differ, a split was made from different rows, or a shard
@@ -50,7 +50,7 @@ def merge_caches(out: Path, caches: list[Path], progress: Callable[[int, int], N
                     f"the split {name!r} is in {have[0]} and in {cache.folder}, made from different rows; "
                     "extract one of them under another split name"
                 )
-            if have is None or len(split.done) > len(have[1].done):
+            if have is None or (split.complete, split.covered) > (have[1].complete, have[1].covered):
                 chosen[name] = (cache.folder, split)
     out.mkdir(parents=True, exist_ok=True)
     made: list[Path] = []

@@ -1,5 +1,6 @@
 """The one writer: creates or resumes a cache, shard by shard. A shard counts once the manifest lists it."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -116,6 +117,7 @@ class CacheWriter:
                 longest=int(lengths.max()),
                 truncated=rows.truncated,
                 planned=len(shards),
+                shard_rows=shard_rows,
                 fingerprint=rows.fingerprint,
             )
         elif known.fingerprint != rows.fingerprint:
@@ -124,13 +126,15 @@ class CacheWriter:
                 f"{len(lengths)} here; ids, texts, targets, their order or their tokens differ). "
                 "Give the file it was made from, or choose another split name or folder"
             )
-        elif known.planned != len(shards) or any(
-            record.rows + sum(row.shard == record.number for row in known.skipped) != len(shards[record.number])
-            for record in known.shards
-        ):
+        elif known.shard_rows != shard_rows:
             raise CacheError(
-                f"the split {name!r} of the cache {self.folder} was begun with another --shard-rows than {shard_rows}; "
-                "use the same value to go on"
+                f"the split {name!r} of the cache {self.folder} was begun with --shard-rows {known.shard_rows}, and "
+                f"this is {shard_rows}; go on with --shard-rows {known.shard_rows}"
+            )
+        elif known.planned != len(shards) or any(len(shards[number]) != rows for number, rows in _cut(known).items()):
+            raise CacheError(
+                f"the split {name!r} of the cache {self.folder} was cut into other shards, by another version of "
+                "relish; go on with that version, or extract into another folder"
             )
         return SplitWriter(self, name, rows, shards, known)
 
@@ -228,6 +232,13 @@ def cut_into_shards(lengths: np.ndarray, shard_rows: int) -> list[np.ndarray]:
         tokens += size
     shards.append(order[begin:])
     return shards
+
+
+def _cut(split: SplitRecord) -> dict[int, int]:
+    """Rows of each shard that is done, those that were skipped included."""
+    rows = Counter(row.shard for row in split.skipped)
+    rows.update({shard.number: shard.rows for shard in split.shards})
+    return dict(rows)
 
 
 def _may_be_ours(name: str) -> bool:

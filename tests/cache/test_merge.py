@@ -103,3 +103,22 @@ def test_a_missing_shard_is_named_and_nothing_is_left(parts, tmp_path):
         f"restore it from a copy, or run: relish cache repair {parts[1]}"
     )
     assert list((tmp_path / "all").iterdir()) == []
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_finished_split_is_taken_though_the_unfinished_has_more_shards(make, tmp_path, turned):
+    whole = make.write(tmp_path / "whole")
+    make.fill(make.open_writer(tmp_path / "half"), "train", make.rows(), shard_rows=1, stop_after=9)
+    assert len(open_cache(tmp_path / "half").manifest.splits["train"].done) > 4
+    caches = [tmp_path / "half", whole]
+    merge_caches(tmp_path / "all", caches[::-1] if turned else caches)
+    assert make.contents(tmp_path / "all") == make.contents(whole)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_of_two_unfinished_the_one_with_more_rows_is_taken(make, tmp_path, turned):
+    make.fill(make.open_writer(tmp_path / "many"), "train", make.rows(), shard_rows=1, stop_after=3)
+    make.fill(make.open_writer(tmp_path / "more"), "train", make.rows(), shard_rows=4, stop_after=1)
+    caches = [tmp_path / "many", tmp_path / "more"]
+    merge_caches(tmp_path / "all", caches[::-1] if turned else caches)
+    assert make.contents(tmp_path / "all") == make.contents(tmp_path / "more")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from ..cache.device import pick_device
-from ..cache.errors import DataError, RunError, require_extra
+from ..cache.errors import CacheError, DataError, RunError, require_extra
 from ..cache.identity import refuse_differences
 from ..cache.reader import FeatureCache, Split, open_cache
 from ..train.data import Rows
@@ -85,13 +85,18 @@ def check_cache(runs: Sequence[Run], cache: FeatureCache) -> None:
 
     Raises:
         RunError: if a head reads hidden states of another size, or the runs differ among themselves.
-        CacheError: if anything else of the identity differs.
+        CacheError: if the label range or anything else of the identity differs.
     """
     for run in runs:
         if run.head.hidden_size != cache.hidden_size:
             raise RunError(
                 f"the head {run.path.name} reads hidden states of size {run.head.hidden_size}, and those of the cache "
                 f"{cache.folder} have {cache.hidden_size}; give the cache it was trained on with --cache"
+            )
+        if run.label_range != cache.label_range:
+            raise CacheError(
+                f"the head {run.path.name} was trained on labels from {_range(run.label_range)}, and those of the "
+                f"cache {cache.folder} go from {_range(cache.label_range)}; give the cache it was trained on with --cache"
             )
         if run.layer != runs[0].layer or run.label_range != runs[0].label_range:
             raise RunError(f"{run.path} was trained on another layer or label range than {runs[0].path}; part them")
@@ -101,6 +106,10 @@ def check_cache(runs: Sequence[Run], cache: FeatureCache) -> None:
             what=f"the cache that {run.path.name} was trained on",
             advice="Give that cache with --cache.",
         )
+
+
+def _range(bounds: tuple[float, float]) -> str:
+    return f"{bounds[0]:g} to {bounds[1]:g}"
 
 
 def _usual_cache(run: Run) -> Path:

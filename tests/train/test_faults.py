@@ -108,7 +108,11 @@ def test_a_diverged_cell_is_named_kept_in_mind_and_tried_again_when_asked(diverg
     first = run_cli(*words)
     assert first.exit_code == 2
     assert "mlp-L0-seed0: diverged" in first.stderr
-    assert "error: the loss of mlp-L0-seed0, linear-L0-seed0 was no longer finite; try a lower --lr" in first.stderr
+    assert (
+        "error: mlp-L0-seed0, linear-L0-seed0 diverged: the loss was no longer finite by step 6. Against a loss that "
+        "is not finite, try a lower --lr. The other cells are there. To try a cell again with the same settings, "
+        f"delete its file {runs / 'CELL.diverged.json'}\n"
+    ) in first.stderr
     mark = runs / "mlp-L0-seed0.diverged.json"
     assert names(runs) == ["linear-L0-seed0.diverged.json", mark.name]
     assert json.loads(mark.read_text())["reason"] == "the loss was no longer finite by step 6"
@@ -144,6 +148,22 @@ def test_the_rest_of_the_grid_goes_on(cache, tmp_path, run_cli, monkeypatch):
     assert (result.exit_code, names(runs)) == (2, ["relish-L1-seed0.diverged.json", "relish-L1-seed1"])
     shown = run_cli("evaluate", runs)
     assert "relish, L = 1, seed 0, does not count: diverged in training: by step 1." in " ".join(shown.stdout.split())
+
+
+@pytest.mark.parametrize("size", [1e25, 1e37])
+def test_hidden_states_that_are_too_large_to_be_standardised_end_the_cell_with_the_reason(tmp_path, run_cli, size):
+    """Their squares overflow float32: divided by an infinite deviation they would vanish."""
+    cache = write_cache(tmp_path / "c", times=size)
+    runs = tmp_path / "runs"
+    result = run_cli("train", cache, "--out", runs, "--head", "relish,mlp", "--depths", 1, *FAST)
+    assert (result.exit_code, names(runs)) == (
+        2,
+        ["mlp-L0-seed0.diverged.json", "relish-L1-seed0.diverged.json"],
+    )
+    assert (
+        "error: relish-L1-seed0, mlp-L0-seed0 diverged: the hidden states are too large to be standardised in float32; "
+        "train on another layer, or with --no-standardise. "
+    ) in result.stderr
 
 
 # unusual rows

@@ -31,7 +31,7 @@ def verify_cache(cache: FeatureCache, progress: Callable[[int], None] | None = N
         try:
             load_manifest(cache.folder, COPY)
         except CacheError as error:
-            found.append(str(error))
+            found.append(f"{str(error).partition(';')[0]}; run: relish cache repair {cache.folder}")
     identity = cache.identity
     for name, split in cache.manifest.splits.items():
         bad = []

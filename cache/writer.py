@@ -12,7 +12,18 @@ from .dtypes import storage_dtype
 from .errors import CacheError
 from .identity import Identity, refuse_differences
 from .lock import lock_folder
-from .manifest import COPY, MANIFEST, Manifest, SkippedRow, SplitRecord, check_split_name, load_manifest, shard_file
+from .manifest import (
+    COPY,
+    MANIFEST,
+    SHARD_FILE,
+    Manifest,
+    SkippedRow,
+    SplitRecord,
+    check_split_name,
+    load_manifest,
+    refuse_unlisted_shards,
+    shard_file,
+)
 from .shard import ShardWriter
 
 OVERHEAD = 0.035
@@ -52,7 +63,8 @@ class CacheWriter:
         """Open a cache for writing; nothing is written before the first shard.
 
         Raises:
-            CacheError: if the folder holds a cache of another identity or label range, or files that are no cache.
+            CacheError: if the folder holds a cache of another identity or label range, shards that have lost their
+                manifest, or files that are no cache.
         """
         self.folder = folder
         self.noted: list[str] = []
@@ -75,6 +87,7 @@ class CacheWriter:
                 raise CacheError(f"{folder} is a file; a cache is a folder. Choose another name")
             if folder.exists() and any(not _may_be_ours(entry.name) for entry in folder.iterdir()):
                 raise CacheError(f"{folder} holds other files and is not a relish cache; choose a new or empty folder")
+            refuse_unlisted_shards(folder)
             self.manifest = Manifest(identity, label_range, task, made_by)
 
     @contextmanager
@@ -244,4 +257,4 @@ def _cut(split: SplitRecord) -> dict[int, int]:
 def _may_be_ours(name: str) -> bool:
     # A process killed before its first manifest leaves a shard; hidden files are temporary ones, the lock, or the
     # system's.
-    return name.endswith(".h5") or name.startswith(".")
+    return name.startswith(".") or SHARD_FILE.fullmatch(name) is not None

@@ -96,7 +96,8 @@ def check_cache(runs: Sequence[Run], cache: FeatureCache) -> None:
         if run.label_range != cache.label_range:
             raise CacheError(
                 f"the head {run.path.name} was trained on labels from {_range(run.label_range)}, and those of the "
-                f"cache {cache.folder} go from {_range(cache.label_range)}; give the cache it was trained on with --cache"
+                f"cache {cache.folder} go from {_range(cache.label_range)}; give the cache it was trained on with "
+                "--cache"
             )
         if run.layer != runs[0].layer or run.label_range != runs[0].label_range:
             raise RunError(f"{run.path} was trained on another layer or label range than {runs[0].path}; part them")

@@ -1,9 +1,15 @@
+import errno
+import os
+from pathlib import Path
+
 import pytest
 
 from relish.cache.errors import CacheError
 from relish.cache.merge import merge_caches
 from relish.cache.reader import open_cache
 from relish.cache.verify import verify_cache
+
+from ..disk import fill, small_disk
 
 
 @pytest.fixture
@@ -122,3 +128,39 @@ def test_of_two_unfinished_the_one_with_more_rows_is_taken(make, tmp_path, turne
     caches = [tmp_path / "many", tmp_path / "more"]
     merge_caches(tmp_path / "all", caches[::-1] if turned else caches)
     assert make.contents(tmp_path / "all") == make.contents(tmp_path / "more")
+
+
+@pytest.mark.parametrize("leave", [0, 8_192, 20_480, 28_672])
+def test_a_full_disk_is_named_and_nothing_is_left(make, parts, tmp_path, run_cli, leave):
+    """In a shard, at the manifest's copy, at the manifest."""
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        filler = fill(disk, leave)
+        result = run_cli("cache", "merge", disk / "all", *parts)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert result.stderr.startswith(f"error: {disk / 'all'}")
+        assert result.stderr.endswith(
+            " cannot be written (No space left on device); nothing was merged: free space, and run the same command "
+            "again\n"
+        )
+        assert not (disk / "all").exists() or list((disk / "all").iterdir()) == []
+        filler.unlink()
+        assert run_cli("cache", "merge", disk / "all", *parts).exit_code == 0
+        assert verify_cache(open_cache(disk / "all")) == []
+
+
+@pytest.mark.parametrize("name", ["manifest.copy.json", "manifest.json"])
+def test_a_manifest_that_cannot_be_written_leaves_nothing(parts, tmp_path, monkeypatch, name):
+    real = Path.replace
+
+    def refuse(path, target):
+        if target.name == name:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        return real(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", refuse)
+        assert message(tmp_path / "all", list(parts)) == (
+            f"{tmp_path / 'all' / name} cannot be written ({os.strerror(errno.EDQUOT)}); nothing was merged: free "
+            "space, and run the same command again"
+        )
+    assert list((tmp_path / "all").iterdir()) == []

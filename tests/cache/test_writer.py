@@ -109,7 +109,8 @@ def test_another_cut_into_shards_is_refused(make, tmp_path, done):
     with pytest.raises(CacheError) as caught:
         make.open_writer(folder).split("train", rows, shard_rows=4)
     assert str(caught.value) == (
-        f"the split 'train' of the cache {folder} was begun with --shard-rows 2, and this is 4; go on with --shard-rows 2"
+        f"the split 'train' of the cache {folder} was begun with --shard-rows 2, and this is 4; go on with "
+        "--shard-rows 2"
     )
 
 

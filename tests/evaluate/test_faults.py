@@ -67,6 +67,7 @@ def test_a_full_disk_leaves_the_old_report_as_it_was(runs, tmp_path, run_cli):
             assert (result.exit_code, result.stderr.count("\n")) == (2, 1), leave
             assert result.stderr.startswith(
                 f"error: {disk} cannot be written (No space left on device); what the folder held before is kept: free "
+                "space, and "
             )
             assert contents(disk) == old
             filler.unlink()
@@ -104,7 +105,7 @@ def test_a_full_disk_leaves_the_old_scores_as_they_were(predict_words, tmp_path,
         result = run_cli(*predict_words, out)
         assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.stderr
         assert result.stderr.startswith(
-            f"error: {out} cannot be written (No space left on device); no scores were written: free space or give "
+            f"error: {out} cannot be written (No space left on device); no scores were written: free space, and "
         )
         assert contents(disk) == {"scores.csv": b"old"}
         filler.unlink()

@@ -138,7 +138,7 @@ def predict_scores(
                 for batch, values in run_in_batches(lengths, budget, partial(forward, longest_first)):
                     scores[[order[i] for i in batch]] = values
                 if not np.isfinite(scores).all():
-                    bad = done + int(np.argmin(np.isfinite(scores))) + 1
+                    bad = done + int(np.argmin(np.isfinite(scores)))
                     raise DataError(f"the score of row {bad} of {data.name} is not finite; take the row out")
                 for row, value in zip(rows, scores.tolist(), strict=True):
                     writer.writerow([*(row.get(name, "") for name in names), repr(value)])
@@ -180,7 +180,7 @@ def _tokenised(
     data: Path, columns: Columns, identity: Identity, backbone: Backbone
 ) -> Iterator[tuple[list[dict[str, object]], list[np.ndarray]]]:
     """Chunks of rows and their token ids, each row checked."""
-    numbered = enumerate(read_rows(data), 1)
+    numbered = enumerate(read_rows(data))
     while chunk := list(islice(numbered, _CHUNK)):
         for number, row in chunk:
             for column, cell in row.items():  # every column is written again beside the score

@@ -35,18 +35,28 @@ class ShardSink:
         self._names = names
         self._skip = skip
         self._dropped = False
-        self._queue: queue.Queue[tuple[range, Any] | None] = queue.Queue(_AHEAD)
+        self._queue: queue.Queue[tuple[range, Any, Any] | None] = queue.Queue(_AHEAD)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="relish-shard-writer", daemon=True)
 
-    def put(self, rows: range, states: "torch.Tensor") -> None:
-        """Hand over the hidden states (B, K, T, D) of a batch, in the compute dtype, on the device.
+    def put(self, rows: range, states: "torch.Tensor", stored: "torch.Tensor") -> None:
+        """Hand over the hidden states (B, K, T, D) of a batch, on the device.
+
+        Args:
+            rows: which of the shard.
+            states: in the compute dtype.
+            stored: the same in the storage dtype. Not made here, since that takes memory on the device, and this thread
+                could not halve the batch when there is none.
 
         Raises:
             DataError: if an earlier batch held values that cannot be stored.
         """
         self._raise_error()
-        self._queue.put((rows, states))
+        self._queue.put((rows, states, stored))
+
+    def drain(self) -> None:
+        """Wait until nothing that was handed over is held any more."""
+        self._queue.join()
 
     def __enter__(self) -> "ShardSink":
         self._thread.start()
@@ -70,14 +80,16 @@ class ShardSink:
                     self._write(*item)
                 except BaseException as error:
                     self._error = error
+            del item  # which would stay on the device until the next batch comes
+            self._queue.task_done()
 
-    def _write(self, rows: range, states: "torch.Tensor") -> None:
-        stored = states.to(self._writer.layout.dtype.torch).cpu()
+    def _write(self, rows: range, states: "torch.Tensor", stored: "torch.Tensor") -> None:
+        stored = stored.cpu()
         for number, row in enumerate(rows):
             values = stored[number, :, : self._lengths[row]]
             # A sum is finite only if all its terms are, and is one pass where isfinite().all() is two.
             if not values.sum(dtype=values.new_empty(0).float().dtype).isfinite() and not values.isfinite().all():
-                why, instead = self._why(states[number, :, : self._lengths[row]])
+                why, instead = self._why(states[number, :, : self._lengths[row]].cpu())
                 if not self._skip:
                     raise DataError(
                         f"{self._names[row]} has {why}; nothing of its shard was kept. "

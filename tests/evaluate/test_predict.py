@@ -86,12 +86,12 @@ def test_another_backbone_is_refused(run, new, tiny_model, tmp_path, run_cli):
     ("name", "text", "message"),
     [
         ("new.csv", "id,body\n1,hello\n", "the prompt names the column 'text', but new.csv has: id, body"),
-        ("new.csv", "id,text\n1,fresh\n2,  \n", "row 2 of new.csv has an empty text in column 'text'"),
+        ("new.csv", "id,text\n1,fresh\n2,  \n", "row 1 of new.csv has an empty text in column 'text'"),
         ("new.csv", "id,text\n", "new.csv holds no rows"),
         (
             "new.csv",
             "text\n" + "warm " * 200 + "\n",
-            "row 1 of new.csv gives 203 tokens, and the head was trained for 1 to 128",
+            "row 0 of new.csv gives 203 tokens, and the head was trained for 1 to 128",
         ),
         ("new.xls", "", "new.xls"),
     ],

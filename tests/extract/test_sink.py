@@ -1,5 +1,6 @@
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from relish.cache.shard import HiddenLayout
 from relish.extract.sink import ShardSink
 
 LENGTHS = [4, 3, 3, 1]
-NAMES = [f"row {number + 1} of train (id 'r{number}')" for number in range(4)]
+NAMES = [f"row {number} of train (id 'r{number}')" for number in range(4)]
 
 
 class Shard:
@@ -31,8 +32,15 @@ class Shard:
         self.written[position] = values.clone()
 
 
+class Sink(ShardSink):
+    """Makes the storage type itself, as the forward pass does."""
+
+    def put(self, rows, states):
+        super().put(rows, states, states.to(self._writer.layout.dtype.torch))
+
+
 def open_sink(shard):
-    return ShardSink(shard, lengths=LENGTHS, names=NAMES)
+    return Sink(shard, lengths=LENGTHS, names=NAMES)
 
 
 def states(rows=4, layers=2):
@@ -80,7 +88,7 @@ def test_a_value_that_is_not_finite_is_named_by_row(bad, dtype):
     with pytest.raises(DataError) as caught, open_sink(shard) as sink:
         sink.put(range(4), values)
     assert str(caught.value) == (
-        "row 3 of train (id 'r2') has NaN or infinity in its hidden states; nothing of its shard was kept. "
+        "row 2 of train (id 'r2') has NaN or infinity in its hidden states; nothing of its shard was kept. "
         "Try --compute-dtype float32, or --on-nonfinite skip to leave such rows out"
     )
 
@@ -88,7 +96,7 @@ def test_a_value_that_is_not_finite_is_named_by_row(bad, dtype):
 def test_two_infinities_that_cancel_are_found():
     values = states()
     values[1, 0, 0, 0], values[1, 0, 0, 1] = float("inf"), float("-inf")
-    with pytest.raises(DataError, match="row 2 of train"), open_sink(Shard()) as sink:
+    with pytest.raises(DataError, match="row 1 of train"), open_sink(Shard()) as sink:
         sink.put(range(4), values)
 
 
@@ -98,7 +106,7 @@ def test_a_value_beyond_float16_is_named_with_the_largest():
     with pytest.raises(DataError) as caught, open_sink(Shard("float16")) as sink:
         sink.put(range(4), values)
     assert str(caught.value) == (
-        "row 2 of train (id 'r1') has a hidden state of 77,595, and float16 ends at 65,504; nothing of its shard was "
+        "row 1 of train (id 'r1') has a hidden state of 77,595, and float16 ends at 65,504; nothing of its shard was "
         "kept. Try --dtype bfloat16, or --on-nonfinite skip to leave such rows out"
     )
 
@@ -147,3 +155,43 @@ def test_hidden_states_made_in_inference_mode_are_taken():
     with open_sink(shard) as sink, torch.inference_mode():
         sink.put(range(4), states() * 2)
     assert np.isclose(shard.written[0][0, 0, 1].item(), 2 / 7, rtol=0.01)
+
+
+def test_a_value_beyond_bfloat16_is_named_with_the_largest():
+    values = states()
+    values[1, 0, 1, 2] = 3.4e38  # a float32 that no bfloat16 is near
+    with pytest.raises(DataError) as caught, open_sink(Shard("bfloat16")) as sink:
+        sink.put(range(4), values)
+    assert str(caught.value) == (
+        "row 1 of train (id 'r1') has a hidden state of 3.4e+38, and bfloat16 ends at 3.38953e+38; nothing of its "
+        "shard was kept. Try --dtype float32, or --on-nonfinite skip to leave such rows out"
+    )
+    shard = Shard("float32")
+    with open_sink(shard) as sink:
+        sink.put(range(4), values)
+    assert len(shard.written) == 4
+
+
+def test_draining_waits_until_no_batch_is_held():
+    shard = Shard(delay=0.02)
+    with open_sink(shard) as sink:
+        batches = [states(1) for _ in range(3)]
+        held = [weakref.ref(values) for values in batches]
+        while batches:
+            sink.put(range(1), batches.pop())
+        sink.drain()
+        assert all(one() is None for one in held)
+        assert len(shard.written) == 1
+        sink.drain()  # with nothing to wait for
+
+
+def test_draining_after_an_error_does_not_hang():
+    def put_and_drain():
+        with open_sink(Shard(error=OSError("full"))) as sink:
+            for _ in range(2):
+                sink.put(range(1), states(1))
+                sink.drain()
+
+    with pytest.raises(OSError, match="full"):
+        put_and_drain()
+    assert alive() == []

@@ -13,7 +13,7 @@ from ..train.data import Rows
 from ..train.diverged import find_diverged
 from ..train.loop import predict_rows
 from ..train.run import Run, find_runs, load_head
-from .files import changing_report, write_results
+from .files import changing_report, check_report_folder, write_results
 from .summary import CellPredictions, Results, summarise
 
 
@@ -43,14 +43,15 @@ def evaluate_runs(
 
     Raises:
         RunError: if there is no run, one is damaged, runs of different caches lie in the folder, or the report cannot
-            be written.
+            be written, or `out` holds anything but an earlier report.
         CacheError: if the cache is missing, damaged, lacks the split, or is not the one the heads were trained on.
         DataError: if rows of the split have no label.
         MissingExtraError: if a report is asked for and matplotlib or jinja2 is not installed.
     """
+    runs = Path(runs).absolute()  # so that a later chdir does not move it
     if out is not None:  # before the work, not after it
-        if Path(out).exists() and not Path(out).is_dir():
-            raise RunError(f"{out} is a file; the report needs a folder")
+        out = Path(out).absolute()
+        check_report_folder(out)
         for module in ("matplotlib", "jinja2"):
             require_extra(module, "report", "The report")
     found = find_runs(runs)
@@ -64,7 +65,7 @@ def evaluate_runs(
         cells.append(CellPredictions(run.head.name, run.head.depth, run.seed, run.parameters, values))
         if progress is not None:
             progress(len(cells), len(found))
-    for lost in find_diverged(Path(runs)):
+    for lost in find_diverged(runs):
         nothing = np.full(len(rows), np.nan)
         status = f"diverged in training: {lost.reason}"
         cells.append(CellPredictions(lost.head, lost.depth, lost.seed, lost.parameters, nothing, status))
@@ -74,7 +75,7 @@ def evaluate_runs(
     if out is not None:
         from .report import write_report
 
-        with changing_report(Path(out)) as stage:
+        with changing_report(out) as stage:
             write_results(results, stage)
             write_report(results, stage)
     return results

@@ -105,7 +105,11 @@ def train(
         from .diverged import find_diverged
 
         names = ", ".join(map(str, result.diverged))
-        lost = [cell for cell in find_diverged(out) if CellName(cell.head, cell.depth, cell.seed) in result.diverged]
+        lost = [
+            cell
+            for cell in find_diverged(result.folder)
+            if CellName(cell.head, cell.depth, cell.seed) in result.diverged
+        ]
         reasons = "; ".join(dict.fromkeys(cell.reason for cell in lost))
         typer.echo(
             f"error: {names} diverged: {reasons}. Against a loss that is not finite, try a lower --lr. The other cells "

@@ -92,7 +92,7 @@ def train_heads(
         SettingsError: if the device is not there.
     """
     settings = settings or TrainSettings()
-    out = Path(out)
+    out = Path(out).absolute()  # so that a later chdir does not move it
     opened = open_cache(cache)
     grid = grid_cells(settings)
     train, val = training_rows(opened, settings)

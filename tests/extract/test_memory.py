@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaModel
 
 from relish.cache.manifest import load_manifest
 from relish.extract.sink import ShardSink
@@ -20,26 +19,6 @@ def extract(run_cli, tiny_model, tiny_rows, tmp_path):
         return run_cli("extract", folder, "--model", tiny_model("llama"), "--data", f"train={table}", *fixed, *more)
 
     return run
-
-
-@pytest.fixture
-def room(monkeypatch):
-    """`room(3)`: the model's forward pass is out of memory with more rows; gives the rows of each pass."""
-    real = LlamaModel.forward
-
-    def begin(rows):
-        tried = []
-
-        def forward(self, *arguments, input_ids, **options):
-            tried.append(len(input_ids))
-            if len(input_ids) > rows:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-            return real(self, *arguments, input_ids=input_ids, **options)
-
-        monkeypatch.setattr(LlamaModel, "forward", forward)
-        return tried
-
-    return begin
 
 
 def files(folder):

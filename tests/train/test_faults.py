@@ -1,6 +1,7 @@
 """Training under faults: nothing finished is lost, and no wrong number comes out in silence."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -193,16 +194,28 @@ def test_rows_without_a_label_are_refused(tmp_path, split, rows):
         from relish.cache.jsonfile import sealed_text
 
         (cache / "manifest.json").write_text(sealed_text(mine))
-    with pytest.raises(DataError, match=f"{rows} of {rows} rows of the split '{split}' have no label; all need one"):
+    with pytest.raises(DataError) as caught:
         train_heads(cache, tmp_path / "r", TrainSettings(**SMALL))
+    assert str(caught.value) == (
+        f"{rows} of {rows} rows of the split '{split}' of the cache {cache} have no label, first row 0 (id "
+        f"'{split}-0'); all need one: fill them in, or leave those rows out, and extract into another folder"
+    )
     assert not (tmp_path / "r").exists()
 
 
-@pytest.mark.parametrize(("sizes", "left"), [({"train": 1}, 0), ({"train": 1, "dev": 4}, 1), ({"train": 2}, 1)])
+@pytest.mark.parametrize(
+    ("sizes", "left"),
+    [
+        ({"train": 1}, "0 training rows of the cache {} are left after 1 of 1 was held out for validation"),
+        ({"train": 2}, "1 training rows of the cache {} are left after 1 of 2 was held out for validation"),
+        ({"train": 1, "dev": 4}, "1 training rows of the cache {}"),
+    ],
+)
 def test_too_few_rows_are_refused(tmp_path, sizes, left):
     cache = write_cache(tmp_path / "c", sizes=sizes)
-    with pytest.raises(DataError, match=f"training rows: {left}; at least 2 are needed"):
+    with pytest.raises(DataError) as caught:
         train_heads(cache, tmp_path / "r", TrainSettings(**SMALL))
+    assert str(caught.value) == f"{left.format(cache)}; at least 2 are needed: extract more rows"
     assert not (tmp_path / "r").exists()
 
 
@@ -325,3 +338,23 @@ def test_an_interrupted_training_keeps_its_cells_and_says_how_to_go_on(cache, tm
     assert "relish-L1-seed0" in names(tmp_path / "r")
     assert not [name for name in names(tmp_path / "r") if name.startswith(".")]
     assert "relish-L1-seed0: there already" in run_cli(*words).stderr
+
+
+def test_a_relative_folder_after_a_change_of_folder(cache, tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+
+    class Wanderer:
+        def plan(self, *_): ...
+        def start(self, *_): ...
+        def step(self, *_): ...
+        def end(self, *_): ...
+
+        def epoch(self, *_):
+            os.chdir(tmp_path / "b")
+
+    done = train_heads(cache, "runs", TrainSettings(depths=(1,), seeds=(0, 1), **SMALL), listener=Wanderer())
+    assert done.folder == tmp_path / "a" / "runs"
+    assert names(tmp_path / "a" / "runs") == ["relish-L1-seed0", "relish-L1-seed1"]
+    assert names(tmp_path / "b") == []

@@ -1,6 +1,8 @@
 """The command `relish`: the four stages' commands in one place."""
 
+import io
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -92,4 +94,7 @@ register_evaluate(app)
 
 def main() -> None:
     """Run the command line."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A path may be no Unicode, and a terminal may lack a character: neither is worth an error after the work.
+        sys.stdout.reconfigure(errors="backslashreplace")
     app()

@@ -9,6 +9,8 @@ import typer
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from .manifest import ShardRecord
+
 app = typer.Typer(no_args_is_help=True, help="Look into caches, check, join and pack them.", rich_markup_mode=None)
 
 CachePath = Annotated[Path, typer.Argument(metavar="CACHE", help="Folder of the cache.")]
@@ -75,14 +77,20 @@ def verify(
 
     Example: relish cache verify my-cache
     """
+    from .errors import DamagedCacheError
     from .reader import open_cache
     from .verify import verify_cache
 
-    opened = open_cache(cache)
-    records = [shard for split in opened.manifest.splits.values() for shard in split.shards]
-    with _bytes_bar() as bar:
-        task = bar.add_task("verify", total=sum(record.bytes for record in records))
-        found = verify_cache(opened, lambda done: bar.advance(task, done))
+    records: list[ShardRecord] = []
+    try:
+        opened = open_cache(cache)
+    except DamagedCacheError as error:
+        found = [str(error)]
+    else:
+        records = [shard for split in opened.manifest.splits.values() for shard in split.shards]
+        with _bytes_bar() as bar:
+            task = bar.add_task("verify", total=sum(record.bytes for record in records))
+            found = verify_cache(opened, lambda done: bar.advance(task, done))
     if as_json:
         typer.echo(json.dumps({"shards": len(records), "problems": found}, indent=2))
     else:

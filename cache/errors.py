@@ -16,6 +16,10 @@ class CacheError(RelishError):
     """The cache on disk: absent, incomplete, damaged, of another version, or made by something else."""
 
 
+class DamagedCacheError(CacheError):
+    """The manifest itself is damaged or lost; `relish cache verify` reports it as it does a bad shard."""
+
+
 class BackboneError(RelishError):
     """The LLM: not found, of an unsupported kind, or not the one that was asked for."""
 

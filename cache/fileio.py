@@ -4,8 +4,10 @@ Where the platform lacks `preadv`, `pwrite` or `posix_fallocate` (macOS, Windows
 the same.
 """
 
+import errno
 import json
 import os
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,8 +21,26 @@ _seek_lock = threading.Lock()  # without preadv, two threads on one descriptor w
 
 
 def open_read(path: Path) -> int:
-    """Open a file for `read_into`; the caller closes the descriptor with os.close."""
-    return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    """Open a file for `read_into`; the caller closes the descriptor with os.close.
+
+    Raises:
+        OSError: if it cannot be opened, or is no regular file: one would wait for ever for a pipe under a shard's name.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return descriptor
+
+
+def read_whole(path: Path) -> bytes:
+    """All of a small file.
+
+    Raises:
+        OSError: as `open_read` does.
+    """
+    with os.fdopen(open_read(path), "rb") as file:
+        return file.read()
 
 
 def read_into(descriptor: int, buffer: memoryview, offset: int) -> int:
@@ -72,9 +92,26 @@ def allocate(descriptor: int, size: int) -> None:
         os.truncate(descriptor, size)
 
 
+_WAYS_OUT = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free space"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make the folder writable"),
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR), "put its folder back"),
+    errno.EISDIR: "take away the folder of that name",
+}
+
+
+def way_to_write(reason: OSError) -> str:
+    """What to do about a file that cannot be written, to go on a sentence."""
+    return _WAYS_OUT.get(reason.errno or 0, "see to that")
+
+
 @contextmanager
-def writing_cache(path: Path) -> Iterator[None]:
+def writing_cache(path: Path, kept: str = "finished shards are kept") -> Iterator[None]:
     """Turn an error of the file system while a cache's file is written into one that says how to go on.
+
+    Args:
+        path: the file, under its final name.
+        kept: what is safe, to go on the sentence.
 
     Raises:
         CacheError: naming the file.
@@ -83,8 +120,8 @@ def writing_cache(path: Path) -> Iterator[None]:
         yield
     except OSError as reason:
         raise CacheError(
-            f"{path} cannot be written ({reason.strerror or reason}); finished shards are kept: free space or give "
-            "permission, whichever is missing, and run the same command again"
+            f"{path} cannot be written ({reason.strerror or reason}); {kept}: {way_to_write(reason)}, and run the same "
+            "command again"
         ) from reason
 
 

@@ -53,7 +53,8 @@ class Identity:
         known = {field.name for field in fields(cls)}
         if set(value) != known:
             raise CacheError(
-                f"the cache's identity has other fields than this version of relish knows: {sorted(set(value) ^ known)}"
+                "the cache's identity has other fields than this version of relish knows, "
+                f"{sorted(set(value) ^ known)}; install the relish that wrote it"
             )
         for field in fields(cls):
             given, kind = value[field.name], field.type

@@ -1,11 +1,12 @@
 """manifest.json: what a cache is and which shards are complete. Written last, atomically: listed means whole."""
 
+import math
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import CacheError
+from .errors import CacheError, DamagedCacheError
 from .fileio import write_text_durably, writing_cache
 from .identity import Identity
 from .jsonfile import read_versioned, sealed_text
@@ -21,9 +22,13 @@ PACKED_MANIFEST = "manifest.packed.json"
 """manifest.json in a packed cache. By another name, so that no reader takes the archive for a cache."""
 _MEND = {
     MANIFEST: "run: relish cache repair {folder}",
-    COPY: "restore it from a copy, or extract again",
+    COPY: "restore it from a copy, or extract into another folder",
     PACKED_MANIFEST: "copy it again from where it was packed, or pack the cache into a new folder",
 }
+
+_SPLIT_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
+SHARD_FILE = re.compile(rf"{_SPLIT_NAME}-\d{{5,}}\.h5")
+"""What the names of shards are like."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,8 @@ class SplitRecord:
     """Rows that were cut to max_length."""
     planned: int
     """Shards the split will have."""
+    shard_rows: int
+    """Most rows in a shard, as the split was begun: another number would cut it otherwise."""
     fingerprint: str
     """sha256 over the ordered ids, texts, targets and tokens."""
     skipped: tuple[SkippedRow, ...] = ()
@@ -90,6 +97,11 @@ class SplitRecord:
         """Whether every shard is there."""
         return len(self.done) == self.planned
 
+    @property
+    def covered(self) -> int:
+        """Rows that need no work any more."""
+        return sum(shard.rows for shard in self.shards) + len(self.skipped)
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -103,8 +115,12 @@ class Manifest:
     """For people: versions and device of the first extraction."""
     splits: dict[str, SplitRecord] = field(default_factory=dict)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, kept: str = "finished shards are kept") -> None:
         """Write manifest.json, after a copy of it, so that a reader finds the old or the new one, whole.
+
+        Args:
+            folder: of the cache.
+            kept: what is safe if it cannot be written, for the message.
 
         Raises:
             CacheError: if it cannot be written; the old one is then still there.
@@ -121,7 +137,7 @@ class Manifest:
             }
         )
         for name in (COPY, MANIFEST):
-            with writing_cache(folder / name):
+            with writing_cache(folder / name, kept):
                 write_text_durably(folder / name, text)
 
 
@@ -130,6 +146,7 @@ def load_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
 
     Raises:
         CacheError: if there is none, it is damaged, or another version wrote it.
+        DamagedCacheError: if it is damaged, or lost.
     """
     path = folder / name
     if folder.is_file():
@@ -137,20 +154,31 @@ def load_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
     mend = _MEND[name].format(folder=folder)
     try:
         value = read_versioned(
-            path, format=FORMAT, version=VERSION, again="extract again", error=CacheError, sealed=True, mend=mend
+            path,
+            format=FORMAT,
+            version=VERSION,
+            again="extract into another folder",
+            error=CacheError,
+            damaged=DamagedCacheError,
+            sealed=True,
+            mend=mend,
         )
     except FileNotFoundError:
-        if name == MANIFEST and (folder / COPY).exists():
-            raise CacheError(f"the cache {folder} has lost its {MANIFEST}; {mend}") from None
-        if name == MANIFEST and (folder / ARCHIVE).exists():
-            raise CacheError(
-                f"{folder} is a packed cache; unpack it with: relish cache unpack {folder} CACHE"
-            ) from None
+        if name == MANIFEST:
+            if (folder / COPY).exists():
+                raise DamagedCacheError(f"the cache {folder} has lost its {MANIFEST}; {mend}") from None
+            if (folder / ARCHIVE).exists():
+                raise CacheError(
+                    f"{folder} is a packed cache; unpack it with: relish cache unpack {folder} CACHE"
+                ) from None
+            refuse_unlisted_shards(folder)
         raise CacheError(
             f"{folder} is not a relish cache: it has no {name}. Make one with: relish extract {folder} …"
         ) from None
     try:
         low, high = value["label_range"]
+        if not -math.inf < float(low) < float(high) < math.inf:
+            raise ValueError(f"the label range {low} to {high}")
         if not all(isinstance(text, str) for text in value["made_by"].values()):
             raise ValueError("made_by")
         return Manifest(
@@ -158,10 +186,28 @@ def load_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
             label_range=(float(low), float(high)),
             task=value["task"],
             made_by=dict(value["made_by"]),
-            splits={check_split_name(name): _split_record(name, split) for name, split in value["splits"].items()},
+            splits={name: _split_record(name, split) for name, split in value["splits"].items()},
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CacheError(f"{path} is damaged ({error!r}); {mend}") from None
+    except CacheError as error:
+        raise CacheError(f"{path} cannot be used: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise DamagedCacheError(f"{path} is damaged ({error!r}); {mend}") from None
+
+
+def refuse_unlisted_shards(folder: Path) -> None:
+    """Refuse a folder whose shards have lost both manifests.
+
+    One shard may be there: a process that is killed before its first manifest leaves it. More were finished.
+
+    Raises:
+        DamagedCacheError: if there are more.
+    """
+    shards = sorted(path.name for path in folder.glob("*.h5") if SHARD_FILE.fullmatch(path.name))
+    if len(shards) > 1:
+        raise DamagedCacheError(
+            f"{folder} holds {len(shards)} shards ({shards[0]} …) and no {MANIFEST} that lists them; restore it, or "
+            f"{COPY}, from elsewhere, or extract into another folder"
+        )
 
 
 def check_split_name(name: str) -> str:
@@ -170,7 +216,7 @@ def check_split_name(name: str) -> str:
     Raises:
         CacheError: if it has characters other than letters, digits, dot, dash and underscore.
     """
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+    if not re.fullmatch(_SPLIT_NAME, name):
         raise CacheError(f"a split's name may hold letters, digits, '.', '-' and '_'; got {name!r}")
     return name
 
@@ -181,6 +227,8 @@ def shard_file(split: str, number: int) -> str:
 
 
 def _split_record(name: str, value: dict[str, Any]) -> SplitRecord:
+    if not re.fullmatch(_SPLIT_NAME, name):
+        raise ValueError(f"the split name {name!r}")
     shards = tuple(checked(ShardRecord(**shard)) for shard in value["shards"])
     skipped = tuple(checked(SkippedRow(**row)) for row in value["skipped"])
     record = checked(SplitRecord(**{**value, "shards": shards, "skipped": skipped}))

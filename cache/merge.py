@@ -7,23 +7,25 @@ from dataclasses import replace
 from pathlib import Path
 
 from .errors import CacheError
-from .fileio import replace_durably, temporary_name
+from .fileio import open_read, replace_durably, temporary_name, writing_cache
 from .identity import Identity, refuse_differences
-from .manifest import ShardRecord
+from .manifest import COPY, MANIFEST, ShardRecord
 from .reader import open_cache
 from .shard import way_out
 from .verify import verify_shard
+
+_PIECE = 1 << 22
 
 
 def merge_caches(out: Path, caches: list[Path], progress: Callable[[int, int], None] | None = None) -> None:
     """Copy the splits of several caches into a new one, checking every byte.
 
     A split may stand in several caches if it was made from the same rows; a complete one is taken before an unfinished
-    one.
+    one, and one with more rows before one with fewer.
 
     Raises:
         CacheError: if `out` exists, identities or label ranges differ, a split was made from different rows, or a shard
-            is damaged.
+            is damaged or cannot be written. Nothing is left in `out` then.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CacheError(f"{out} exists and is not an empty folder; merge into a new one")
@@ -50,10 +52,12 @@ def merge_caches(out: Path, caches: list[Path], progress: Callable[[int, int], N
                     f"the split {name!r} is in {have[0]} and in {cache.folder}, made from different rows; "
                     "extract one of them under another split name"
                 )
-            if have is None or len(split.done) > len(have[1].done):
+            if have is None or (split.complete, split.covered) > (have[1].complete, have[1].covered):
                 chosen[name] = (cache.folder, split)
-    out.mkdir(parents=True, exist_ok=True)
-    made: list[Path] = []
+    kept = "nothing was merged"
+    with writing_cache(out, kept):
+        out.mkdir(parents=True, exist_ok=True)
+    made = [path for name in (COPY, MANIFEST) for path in (temporary_name(out / name), out / name)]
     total = sum(record.bytes for _, split in chosen.values() for record in split.shards)
     try:
         for folder, split in chosen.values():
@@ -62,7 +66,7 @@ def merge_caches(out: Path, caches: list[Path], progress: Callable[[int, int], N
                 _copy_shard(folder, out, record, first.identity)
                 if progress is not None:
                     progress(record.bytes, total)
-        replace(first, splits={name: split for name, (_, split) in chosen.items()}).save(out)
+        replace(first, splits={name: split for name, (_, split) in chosen.items()}).save(out, kept)
     except BaseException:
         for path in made:
             path.unlink(missing_ok=True)
@@ -71,13 +75,21 @@ def merge_caches(out: Path, caches: list[Path], progress: Callable[[int, int], N
 
 def _copy_shard(source: Path, out: Path, record: ShardRecord, identity: Identity) -> None:
     path, copy = source / record.file, out / record.file
-    if not path.is_file():
+    if not path.exists():
         raise CacheError(f"nothing was merged: the shard {path} is missing; {way_out(source)}")
+    try:
+        opened = os.fdopen(open_read(path), "rb")
+    except OSError as reason:
+        raise CacheError(
+            f"nothing was merged: the shard {path} cannot be opened ({reason.strerror}); {way_out(source)}"
+        ) from None
     temporary = temporary_name(copy)
-    shutil.copyfile(path, temporary)
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
-    replace_durably(temporary, copy)
+    with opened, writing_cache(copy, "nothing was merged"):
+        with temporary.open("wb") as file:
+            shutil.copyfileobj(opened, file, _PIECE)
+            file.flush()
+            os.fsync(file.fileno())
+        replace_durably(temporary, copy)
     # The copy is what is read, so that a fault in the copying shows as well.
     wrong = verify_shard(out, record, layers=len(identity.layers), width=identity.hidden_size, dtype=identity.dtype)
     if wrong:

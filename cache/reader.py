@@ -16,7 +16,7 @@ from .dtypes import storage_dtype
 from .errors import CacheError
 from .fileio import open_read, read_into, read_soon
 from .identity import Identity
-from .manifest import Manifest, ShardRecord, load_manifest
+from .manifest import Manifest, ShardRecord, SplitRecord, load_manifest
 from .shard import HiddenLayout, read_columns, read_index, way_out
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ class FeatureCache:
             layer: one of `layers`; may be left out when there is but one.
 
         Raises:
-            CacheError: if the split is missing, incomplete or damaged, or the layer is not in the cache.
+            CacheError: if the split is missing, incomplete or damaged, or has not each row once, or the layer is not in
+                the cache.
         """
         record = self.manifest.splits.get(name)
         if record is None:
@@ -89,7 +90,11 @@ class FeatureCache:
             )
         if not record.shards:
             raise CacheError(f"the split {name!r} of the cache {self.folder} is empty: every row of it was skipped")
-        return Split(self, name, record.shards, self.layer_position(layer))
+        split = Split(self, name, record.shards, self.layer_position(layer))
+        wrong = lost_or_doubled(record, split.row)
+        if wrong:
+            raise CacheError(f"the split {name!r} of the cache {self.folder} {wrong}")
+        return split
 
     def layer_position(self, layer: int | None) -> int:
         """Which of the K stored layers that is, 0..K-1.
@@ -242,6 +247,23 @@ def open_cache(path: "str | os.PathLike[str]") -> FeatureCache:
     """
     folder = Path(path).resolve()  # so that a later chdir does not move a relative path
     return FeatureCache(folder, load_manifest(folder))
+
+
+def lost_or_doubled(record: SplitRecord, row: np.ndarray) -> str:
+    """What is wrong with the rows of a complete split, to go on a sentence; empty if each is there once.
+
+    Args:
+        record: says how many there must be, and which were skipped.
+        row: (N,) positions in the input file of those that the shards hold.
+    """
+    there = np.concatenate([row, np.array([skipped.row for skipped in record.skipped], dtype=np.int64)])
+    if len(there) == record.rows and np.array_equal(np.sort(there), np.arange(record.rows)):
+        return ""
+    different = len(np.unique(there[(there >= 0) & (there < record.rows)]))
+    return (
+        f"does not hold each of its {record.rows} rows once: its shards have {len(there)}, {different} of them "
+        "different; extract it into another folder"
+    )
 
 
 def _read_index_soon(path: Path, shard: ShardRecord) -> None:

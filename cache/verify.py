@@ -5,11 +5,14 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from .dtypes import storage_dtype
 from .errors import CacheError
 from .fileio import open_read, read_into
-from .manifest import COPY, ShardRecord, load_manifest
-from .reader import FeatureCache
+from .identity import Identity
+from .manifest import COPY, ShardRecord, SplitRecord, load_manifest
+from .reader import FeatureCache, lost_or_doubled
 from .shard import HiddenLayout, RowIndex, read_index, way_out
 
 
@@ -28,21 +31,34 @@ def verify_cache(cache: FeatureCache, progress: Callable[[int], None] | None = N
         try:
             load_manifest(cache.folder, COPY)
         except CacheError as error:
-            found.append(str(error))
+            found.append(f"{str(error).partition(';')[0]}; run: relish cache repair {cache.folder}")
     identity = cache.identity
     for name, split in cache.manifest.splits.items():
+        bad = []
         for record in split.shards:
-            found += verify_shard(
+            bad += verify_shard(
                 cache.folder, record, layers=len(identity.layers), width=identity.hidden_size, dtype=identity.dtype
             )
             if progress is not None:
                 progress(record.bytes)
+        found += bad
+        if split.complete and not bad:
+            wrong = lost_or_doubled(split, _rows(cache.folder, split, identity))
+            found += [f"the split {name!r} {wrong}"] if wrong else []
         if not split.complete:
             found.append(
                 f"the split {name!r} is not finished ({len(split.done)} of {split.planned} shards); "
                 "run the same relish extract command again to go on"
             )
     return found
+
+
+def _rows(folder: Path, split: SplitRecord, identity: Identity) -> np.ndarray:
+    rows = [np.zeros(0, dtype=np.int64)]
+    for record in split.shards:
+        layout = HiddenLayout(len(identity.layers), record.T, identity.hidden_size, storage_dtype(identity.dtype))
+        rows.append(read_index(folder, record, layout).row)
+    return np.concatenate(rows)
 
 
 def verify_shard(folder: Path, record: ShardRecord, *, layers: int, width: int, dtype: str) -> list[str]:

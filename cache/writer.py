@@ -1,5 +1,6 @@
 """The one writer: creates or resumes a cache, shard by shard. A shard counts once the manifest lists it."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -7,11 +8,22 @@ from pathlib import Path
 
 import numpy as np
 
-from .dtypes import storage_dtype
+from .dtypes import StorageDtype, storage_dtype
 from .errors import CacheError
 from .identity import Identity, refuse_differences
 from .lock import lock_folder
-from .manifest import COPY, MANIFEST, Manifest, SkippedRow, SplitRecord, check_split_name, load_manifest, shard_file
+from .manifest import (
+    COPY,
+    MANIFEST,
+    SHARD_FILE,
+    Manifest,
+    SkippedRow,
+    SplitRecord,
+    check_split_name,
+    load_manifest,
+    refuse_unlisted_shards,
+    shard_file,
+)
 from .shard import ShardWriter
 
 OVERHEAD = 0.035
@@ -51,7 +63,8 @@ class CacheWriter:
         """Open a cache for writing; nothing is written before the first shard.
 
         Raises:
-            CacheError: if the folder holds a cache of another identity or label range, or files that are no cache.
+            CacheError: if the folder holds a cache of another identity or label range, shards that have lost their
+                manifest, or files that are no cache.
         """
         self.folder = folder
         self.noted: list[str] = []
@@ -74,6 +87,7 @@ class CacheWriter:
                 raise CacheError(f"{folder} is a file; a cache is a folder. Choose another name")
             if folder.exists() and any(not may_be_ours(entry.name) for entry in folder.iterdir()):
                 raise CacheError(f"{folder} holds other files and is not a relish cache; choose a new or empty folder")
+            refuse_unlisted_shards(folder)
             self.manifest = Manifest(identity, label_range, task, made_by)
 
     @contextmanager
@@ -116,6 +130,7 @@ class CacheWriter:
                 longest=int(lengths.max()),
                 truncated=rows.truncated,
                 planned=len(shards),
+                shard_rows=shard_rows,
                 fingerprint=rows.fingerprint,
             )
         elif known.fingerprint != rows.fingerprint:
@@ -124,13 +139,15 @@ class CacheWriter:
                 f"{len(lengths)} here; ids, texts, targets, their order or their tokens differ). "
                 "Give the file it was made from, or choose another split name or folder"
             )
-        elif known.planned != len(shards) or any(
-            record.rows + sum(row.shard == record.number for row in known.skipped) != len(shards[record.number])
-            for record in known.shards
-        ):
+        elif known.shard_rows != shard_rows:
             raise CacheError(
-                f"the split {name!r} of the cache {self.folder} was begun with another --shard-rows than {shard_rows}; "
-                "use the same value to go on"
+                f"the split {name!r} of the cache {self.folder} was begun with --shard-rows {known.shard_rows}, and "
+                f"this is {shard_rows}; go on with --shard-rows {known.shard_rows}"
+            )
+        elif known.planned != len(shards) or any(len(shards[number]) != rows for number, rows in _cut(known).items()):
+            raise CacheError(
+                f"the split {name!r} of the cache {self.folder} was cut into other shards, by another version of "
+                "relish; go on with that version, or extract into another folder"
             )
         return SplitWriter(self, name, rows, shards, known)
 
@@ -146,6 +163,11 @@ class SplitWriter:
         self._rows = rows
         self._shards = shards
         self.record = record
+
+    @property
+    def dtype(self) -> StorageDtype:
+        """What the hidden states are stored as."""
+        return storage_dtype(self._cache.manifest.identity.dtype)
 
     def pending(self) -> list[int]:
         """Numbers of the shards still to be written: those after the last, and any that were dropped since."""
@@ -166,7 +188,7 @@ class SplitWriter:
             folder / shard_file(self._name, number),
             layers=len(identity.layers),
             width=identity.hidden_size,
-            dtype=storage_dtype(identity.dtype),
+            dtype=self.dtype,
             input_ids=[rows.tokens[member] for member in members],
             target=rows.target[members],
             row=members,
@@ -230,8 +252,15 @@ def cut_into_shards(lengths: np.ndarray, shard_rows: int) -> list[np.ndarray]:
     return shards
 
 
+def _cut(split: SplitRecord) -> dict[int, int]:
+    """Rows of each shard that is done, those that were skipped included."""
+    rows = Counter(row.shard for row in split.skipped)
+    rows.update({shard.number: shard.rows for shard in split.shards})
+    return dict(rows)
+
+
 def may_be_ours(name: str) -> bool:
     """Whether a file may be in a folder that is to become a cache."""
     # A process killed before its first manifest leaves a shard; hidden files are temporary ones, the lock, or the
     # system's.
-    return name.endswith(".h5") or name.startswith(".")
+    return name.startswith(".") or SHARD_FILE.fullmatch(name) is not None

@@ -23,6 +23,20 @@ REPORT_FILES = ("results.json", "results.csv", "predictions.csv", "scatter.png",
 _STAGE = ".report.tmp"
 
 
+def check_report_folder(folder: Path) -> None:
+    """Refuse a place that is no folder for a report: new, empty, or with an earlier report's files alone.
+
+    Raises:
+        RunError: naming a file that is none of a report's.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} is a file; the report needs a folder")
+    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    others = [name for name in names if name not in REPORT_FILES and not name.startswith(".")]
+    if others:
+        raise RunError(f"{folder} holds other files than a report's, such as {others[0]}; choose a new or empty folder")
+
+
 @contextmanager
 def changing_report(folder: Path) -> Iterator[Path]:
     """Give a hidden folder to write a report's files into; they move into `folder` once all are complete.

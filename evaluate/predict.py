@@ -13,7 +13,7 @@ import numpy as np
 
 from ..cache.dtypes import storage_dtype
 from ..cache.errors import DataError, RunError
-from ..cache.fileio import replace_durably, temporary_name
+from ..cache.fileio import replace_durably
 from ..cache.identity import Identity
 from ..extract.backbone import Backbone
 from ..extract.batches import Budget, run_in_batches
@@ -46,13 +46,14 @@ def predict_scores(
     """Score the rows of a file; the scores are those `evaluate` would give the same rows.
 
     Every row is checked before the backbone is loaded, and `out` appears only when it is complete: a row for each row
-    of the input, in its order. Ids may repeat.
+    of the input, in its order. Ids may repeat. Of two that write one `out` at the same time, the later one's stays.
 
     Args:
         run: a run folder.
         model: the backbone the head was trained on: hub id, folder or GGUF file.
         data: CSV, TSV, JSONL or Parquet with the columns that the head's prompt names; labels are not needed.
-        out: CSV to write: the input's columns and `score` (`prediction`, if the input has a column `score`).
+        out: CSV to write: the input's columns and `score` (`prediction`, if the input has a column `score`). JSONL's
+            columns are the keys of all its rows, in the order in which they first appear.
         gguf_file: name of the GGUF inside the folder or repository.
         revision: of the hub repository.
         trust_remote_code: whether to run Python code of the model's repository.
@@ -74,10 +75,10 @@ def predict_scores(
     """
     import torch
 
+    run, data, out = (Path(path).absolute() for path in (run, data, out))  # so that a later chdir moves none
     trained = load_run(run)
     head = load_head(trained)
     identity = trained.identity
-    data, out = Path(data), Path(out)
     if out.suffix.lower() != ".csv":
         raise DataError(f"the scores are written as CSV; give --out a name that ends in .csv, not {out.name!r}")
     if out.exists() and data.exists() and out.samefile(data):
@@ -96,7 +97,7 @@ def predict_scores(
                 f"its {part} files differ. Give that one with --model"
                 + (f" and --revision {identity.revision}" if identity.revision else "")
             )
-    columns, names = _columns(data, trained)
+    columns = _columns(data, trained)
     backbone = Backbone(
         files,
         layers=(trained.layer,),
@@ -106,7 +107,10 @@ def predict_scores(
     )
     if backbone.version != identity.transformers and note is not None:
         note(f"transformers is {backbone.version}; the head was trained with {identity.transformers}")
-    total = sum(len(tokens) for _, tokens in _tokenised(data, columns, identity, backbone))
+    total, names = 0, dict[str, None]()
+    for rows, _ in _tokenised(data, columns, identity, backbone):
+        total += len(rows)
+        names.update(dict.fromkeys(chain.from_iterable(rows)))
     backbone.load()
     head.to(backbone.device)
     budget = Budget(batch_tokens or backbone.default_batch_tokens)
@@ -124,7 +128,7 @@ def predict_scores(
     )
     if added != "score" and note is not None:
         note(f"{data.name} has a column 'score'; the new one is called {added!r}")
-    temporary = temporary_name(out)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")  # of this process alone
     done = 0
     try:
         with writing(out, "no scores were written"), _finishing(temporary, out) as file:
@@ -138,7 +142,7 @@ def predict_scores(
                 for batch, values in run_in_batches(lengths, budget, partial(forward, longest_first)):
                     scores[[order[i] for i in batch]] = values
                 if not np.isfinite(scores).all():
-                    bad = done + int(np.argmin(np.isfinite(scores))) + 1
+                    bad = done + int(np.argmin(np.isfinite(scores)))
                     raise DataError(f"the score of row {bad} of {data.name} is not finite; take the row out")
                 for row, value in zip(rows, scores.tolist(), strict=True):
                     writer.writerow([*(row.get(name, "") for name in names), repr(value)])
@@ -167,20 +171,20 @@ def _refuse(name: str, have: object, want: object, run: Run) -> None:
         raise RunError(f"{run.path.name} was trained with the {name} {have!r}, not {want!r}; leave --{name} out")
 
 
-def _columns(data: Path, run: Run) -> tuple[Columns, list[str]]:
+def _columns(data: Path, run: Run) -> Columns:
     first = next(iter(read_rows(data)), None)
     if first is None:
         raise DataError(f"{data.name} holds no rows")
     task = get_task(run.task) if run.task is not None else None
     columns = resolve_columns(list(first), prompt=run.identity.prompt, task=task, need_target=False, source=data.name)
-    return Columns(columns.texts, None, None), list(first)
+    return Columns(columns.texts, None, None)
 
 
 def _tokenised(
     data: Path, columns: Columns, identity: Identity, backbone: Backbone
 ) -> Iterator[tuple[list[dict[str, object]], list[np.ndarray]]]:
     """Chunks of rows and their token ids, each row checked."""
-    numbered = enumerate(read_rows(data), 1)
+    numbered = enumerate(read_rows(data))
     while chunk := list(islice(numbered, _CHUNK)):
         for number, row in chunk:
             for column, cell in row.items():  # every column is written again beside the score

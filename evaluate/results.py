@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 
 from ..cache.device import pick_device
-from ..cache.errors import DataError, RunError, require_extra
+from ..cache.errors import CacheError, DataError, RunError, require_extra
 from ..cache.identity import refuse_differences
 from ..cache.reader import FeatureCache, Split, open_cache
 from ..train.data import Rows
 from ..train.diverged import find_diverged
 from ..train.loop import predict_rows
 from ..train.run import Run, find_runs, load_head
-from .files import changing_report, write_results
+from .files import changing_report, check_report_folder, write_results
 from .summary import CellPredictions, Results, summarise
 
 
@@ -43,14 +43,15 @@ def evaluate_runs(
 
     Raises:
         RunError: if there is no run, one is damaged, runs of different caches lie in the folder, or the report cannot
-            be written.
+            be written, or `out` holds anything but an earlier report.
         CacheError: if the cache is missing, damaged, lacks the split, or is not the one the heads were trained on.
         DataError: if rows of the split have no label.
         MissingExtraError: if a report is asked for and matplotlib or jinja2 is not installed.
     """
+    runs = Path(runs).absolute()  # so that a later chdir does not move it
     if out is not None:  # before the work, not after it
-        if Path(out).exists() and not Path(out).is_dir():
-            raise RunError(f"{out} is a file; the report needs a folder")
+        out = Path(out).absolute()
+        check_report_folder(out)
         for module in ("matplotlib", "jinja2"):
             require_extra(module, "report", "The report")
     found = find_runs(runs)
@@ -64,7 +65,7 @@ def evaluate_runs(
         cells.append(CellPredictions(run.head.name, run.head.depth, run.seed, run.parameters, values))
         if progress is not None:
             progress(len(cells), len(found))
-    for lost in find_diverged(Path(runs)):
+    for lost in find_diverged(runs):
         nothing = np.full(len(rows), np.nan)
         status = f"diverged in training: {lost.reason}"
         cells.append(CellPredictions(lost.head, lost.depth, lost.seed, lost.parameters, nothing, status))
@@ -74,7 +75,7 @@ def evaluate_runs(
     if out is not None:
         from .report import write_report
 
-        with changing_report(Path(out)) as stage:
+        with changing_report(out) as stage:
             write_results(results, stage)
             write_report(results, stage)
     return results
@@ -85,13 +86,19 @@ def check_cache(runs: Sequence[Run], cache: FeatureCache) -> None:
 
     Raises:
         RunError: if a head reads hidden states of another size, or the runs differ among themselves.
-        CacheError: if anything else of the identity differs.
+        CacheError: if the label range or anything else of the identity differs.
     """
     for run in runs:
         if run.head.hidden_size != cache.hidden_size:
             raise RunError(
                 f"the head {run.path.name} reads hidden states of size {run.head.hidden_size}, and those of the cache "
                 f"{cache.folder} have {cache.hidden_size}; give the cache it was trained on with --cache"
+            )
+        if run.label_range != cache.label_range:
+            raise CacheError(
+                f"the head {run.path.name} was trained on labels from {_range(run.label_range)}, and those of the "
+                f"cache {cache.folder} go from {_range(cache.label_range)}; give the cache it was trained on with "
+                "--cache"
             )
         if run.layer != runs[0].layer or run.label_range != runs[0].label_range:
             raise RunError(f"{run.path} was trained on another layer or label range than {runs[0].path}; part them")
@@ -101,6 +108,10 @@ def check_cache(runs: Sequence[Run], cache: FeatureCache) -> None:
             what=f"the cache that {run.path.name} was trained on",
             advice="Give that cache with --cache.",
         )
+
+
+def _range(bounds: tuple[float, float]) -> str:
+    return f"{bounds[0]:g} to {bounds[1]:g}"
 
 
 def _usual_cache(run: Run) -> Path:

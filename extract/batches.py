@@ -6,6 +6,17 @@ from typing import Any
 
 from ..cache.errors import BackboneError
 
+# What a plain RuntimeError says when memory ran out: the CPU's allocator (Windows' too), CUDA and its libraries, mps.
+_SIGNS = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "MPS backend out of memory",
+    "Invalid buffer size",
+)
+
 
 @dataclass
 class Budget:
@@ -15,7 +26,10 @@ class Budget:
 
 
 def run_in_batches(
-    lengths: Sequence[int], budget: Budget, forward: Callable[[range], Any]
+    lengths: Sequence[int],
+    budget: Budget,
+    forward: Callable[[range], Any],
+    release: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[range, Any]]:
     """Run `forward` over all rows, in order, in batches within a budget.
 
@@ -24,6 +38,7 @@ def run_in_batches(
         budget: of a batch; a row that is longer goes alone.
         forward: runs the rows of a range. When it is out of memory the range is halved and tried again, and later
             batches stay at the size that fitted.
+        release: gives back the memory that earlier batches still hold, before a range is tried again.
 
     Yields:
         The rows of each batch, and what `forward` returned for them.
@@ -32,6 +47,7 @@ def run_in_batches(
         BackboneError: if a single row does not fit the memory; names its length.
     """
     begin = 0
+    released = False
     while begin < len(lengths):
         rows = min(max(1, budget.slots // max(1, lengths[begin])), len(lengths) - begin)
         batch = range(begin, begin + rows)
@@ -41,7 +57,7 @@ def run_in_batches(
         except Exception as error:
             if not _out_of_memory(error):
                 raise
-            if rows == 1:
+            if rows == 1 and released:
                 raise BackboneError(
                     f"out of memory on a single row of {lengths[begin]:,} tokens; use --max-length with --truncate, "
                     "a smaller --compute-dtype, or a device with more memory"
@@ -49,11 +65,15 @@ def run_in_batches(
             fitted = False
         if fitted:
             yield batch, result  # pyright: ignore[reportPossiblyUnboundVariable]
+            result = None  # or it would stay in memory during the next pass
             begin += rows
+            released = False
         else:
             # After the except block, whose traceback keeps the failed pass's tensors alive.
-            budget.slots = (rows // 2) * lengths[begin]
+            budget.slots = max(1, rows // 2) * lengths[begin]
+            release()
             _free_cached_memory()
+            released = True
 
 
 def _out_of_memory(error: Exception) -> bool:
@@ -61,9 +81,7 @@ def _out_of_memory(error: Exception) -> bool:
 
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    # The CPU's allocator, cuBLAS and mps raise a plain RuntimeError.
-    signs = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
 def _free_cached_memory() -> None:

@@ -3,9 +3,12 @@
 import json
 from pathlib import Path
 from shlex import quote
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from .pipeline import ExtractSummary
 
 
 def register(app: typer.Typer) -> None:
@@ -79,7 +82,7 @@ def extract(
     relish extract my-cache --model Qwen/Qwen3-8B --data train=a.csv --data test=b.jsonl \\
         --prompt "Essay: {text}" --target-column score --label-range 1,6
     """
-    from ..cache.manifest import MANIFEST
+    from ..cache.errors import DataError
     from ..cache.reader import open_cache
     from .live import ExtractBar
     from .pipeline import extract_cache
@@ -112,6 +115,8 @@ def extract(
     )
     with ExtractBar() as bar:
         summary = extract_cache(cache, settings, progress=bar)
+    opened = open_cache(summary.folder)
+    empty = [name for name, split in opened.manifest.splits.items() if split.complete and not split.shards]
     if as_json:
         figures = {
             "cache": str(summary.folder),
@@ -126,18 +131,29 @@ def extract(
             "seconds": round(summary.seconds, 3),
         }
         typer.echo(json.dumps(figures, indent=2))
-        return
+    else:
+        _tell(cache, summary)
+        if not empty:
+            layer = f" --layer {opened.layers[-1]}" if len(opened.layers) > 1 else ""
+            typer.echo(f"next: relish train {quote(str(cache))} --out runs{layer}")
+    if empty:
+        raise DataError(
+            f"every row of {', '.join(empty)} was skipped, so there is nothing to train on or to score; try "
+            "--compute-dtype float32, or a wider --dtype, in another folder"
+        )
+
+
+def _tell(cache: Path, summary: "ExtractSummary") -> None:
+    from ..cache.manifest import MANIFEST
+
     rate = f", {summary.computed_tokens / summary.seconds:,.0f} tokens/s" if summary.computed_tokens else ""
     typer.echo(
         f"{cache}: {summary.rows:,} rows, {summary.tokens:,} tokens, {summary.bytes / 1e6:,.1f} MB, "
         f"padding ×{summary.padding_overhead:.3f}{rate}"
     )
     if summary.skipped:
-        named = [f"row {row.row + 1} of {split} (id {row.id!r})" for split, row in summary.skipped]
+        named = [f"row {row.row} of {split} (id {row.id!r})" for split, row in summary.skipped]
         more = f" and {len(named) - 10:,} more, all listed in {MANIFEST}" if len(named) > 10 else ""
         typer.echo(f"skipped {len(named):,} rows: {', '.join(named[:10])}{more}")
     if not summary.computed_tokens:
         typer.echo("everything was there already")
-    kept = open_cache(cache).layers
-    layer = f" --layer {kept[-1]}" if len(kept) > 1 else ""
-    typer.echo(f"next: relish train {quote(str(cache))} --out runs{layer}")

@@ -78,7 +78,7 @@ def find_backbone(model: str | Path, *, gguf_file: str | None, revision: str | N
         BackboneError: if there is no such model.
         MissingExtraError: for a GGUF, if the packages that read it are not installed.
     """
-    local = Path(model).expanduser()
+    local = Path(model).expanduser().absolute()  # so that a later chdir does not move it
     if local.is_file() and local.suffix == ".gguf" and gguf_file is None:
         local, gguf_file = local.parent, local.name
     if gguf_file is not None:

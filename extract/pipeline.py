@@ -178,7 +178,7 @@ def check_lengths(split: str, tokens: list[np.ndarray], max_length: int) -> None
             f"(the longest has {lengths.max()}); --truncate cuts them, a larger --max-length keeps them whole"
         )
     if (lengths == 0).any():
-        raise DataError(f"row {int(np.argmin(lengths)) + 1} of {split} gives no token at all; take it out")
+        raise DataError(f"row {int(np.argmin(lengths))} of {split} gives no token at all; take it out")
 
 
 def identify(backbone: Backbone, settings: ExtractSettings, *, prompt: str, max_length: int) -> Identity:
@@ -221,17 +221,20 @@ def _extract_shard(
     members = split.members(number)
     tokens = [rows.tokens[row] for row in members]
     lengths = [len(row) for row in tokens]
-    names = [f"row {row + 1} of {name} (id {rows.ids[row]!r})" for row in members]
+    names = [f"row {row} of {name} (id {rows.ids[row]!r})" for row in members]
     shard = SinkShard(partial(split.shard, number), lengths, names)
-    for batch, states in run_in_batches(lengths, budget, partial(_forward, backbone, tokens)):
-        sink.put(shard, batch, states)
+    forward = partial(_forward, backbone, tokens, split.dtype.torch)
+    for batch, states in run_in_batches(lengths, budget, forward, sink.drain):
+        sink.put(shard, batch, *states)
+        del states  # the sink alone holds them, and drain waits for it
         if progress is not None:
             progress.advance(len(batch), sum(lengths[i] for i in batch))
     return sum(lengths)
 
 
-def _forward(backbone: Backbone, tokens: list[np.ndarray], batch: range) -> Any:
-    return backbone.hidden_states([tokens[row] for row in batch])
+def _forward(backbone: Backbone, tokens: list[np.ndarray], dtype: Any, batch: range) -> tuple[Any, Any]:
+    states = backbone.hidden_states([tokens[row] for row in batch])
+    return states, states.to(dtype)
 
 
 def _made_by(backbone: Backbone) -> dict[str, str]:

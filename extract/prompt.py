@@ -13,9 +13,16 @@ def prompt_fields(template: str) -> tuple[str, ...]:
     """Name the fields of a template, each once, in the order of their first use.
 
     Raises:
-        DataError: if the template has no field, an empty one, one with a format (`{x:>8}`, `{x!r}`), or unpaired
-            braces.
+        DataError: if the template has no field, an empty one, one with a format (`{x:>8}`, `{x!r}`), unpaired braces,
+            or text that UTF-8 cannot encode.
     """
+    try:
+        template.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"the prompt {template!r} holds {template[error.start]!r}, half of a surrogate pair, which is no "
+            "character: give it as UTF-8"
+        ) from None
     fields = tuple(dict.fromkeys(field for _, field in _pieces(template) if field is not None))
     if not fields:
         raise DataError(f"the prompt {template!r} has no field; put the text's column in braces, such as {{text}}")

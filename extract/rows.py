@@ -146,18 +146,18 @@ def load_split(
         label_range: the least and the greatest target allowed, both included; None allows every finite number.
 
     Raises:
-        DataError: naming the row (counted from 1, without the header) and the column, if a text is empty, missing, no
+        DataError: naming the row (counted from 0, the header aside) and the column, if a text is empty, missing, no
             text or not encodable as UTF-8, if a target is not a finite number or outside the range, or if an id is
             missing or cannot be stored; or if there are no rows.
     """
     ids: list[str] = []
     texts: list[str] = []
     targets: list[float] = []
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(rows):
         where = f"row {number} of {source}"
         texts.append(fill_row(row, columns, prompt, where=where))
         targets.append(math.nan if columns.target is None else _target(row, columns.target, where, label_range))
-        ids.append(str(number - 1) if columns.id is None else _id(row, columns.id, where))
+        ids.append(str(number) if columns.id is None else _id(row, columns.id, where))
     if not texts:
         raise DataError(f"{source} has no rows")
     return SplitData(ids=ids, texts=texts, targets=np.array(targets, dtype=np.float64))

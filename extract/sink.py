@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..cache.dtypes import StorageDtype
 from ..cache.errors import DataError
@@ -33,6 +33,9 @@ class SinkShard:
     """How messages call each row, "row 17 (id 'a') of train"."""
 
 
+_Batch = tuple[SinkShard, range, "list[torch.Tensor]"]
+
+
 class ShardSink:
     """Writes shards in the background, one after another; leaving the block waits for the last commit.
 
@@ -45,21 +48,32 @@ class ShardSink:
         skip: whether rows that cannot be stored are left out; if not, they are an error.
         """
         self._skip = skip
-        self._queue: queue.Queue[tuple[SinkShard, range, Any] | None] = queue.Queue(_AHEAD)
+        self._queue: queue.Queue[_Batch | None] = queue.Queue(_AHEAD)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="relish-shard-writer", daemon=True)
 
-    def put(self, shard: SinkShard, rows: range, states: "torch.Tensor") -> None:
-        """Hand over the hidden states (B, K, T, D) of a batch, in the compute dtype, on the device.
+    def put(self, shard: SinkShard, rows: range, states: "torch.Tensor", stored: "torch.Tensor") -> None:
+        """Hand over the hidden states (B, K, T, D) of a batch, on the device.
 
         The batches of a shard come in order, without those of another between them.
+
+        Args:
+            shard: the shard.
+            rows: which of the shard.
+            states: in the compute dtype.
+            stored: the same in the storage dtype. Not made here, since that takes memory on the device, and this thread
+                could not halve the batch when there is none.
 
         Raises:
             DataError: if an earlier batch held values that cannot be stored.
             CacheError: if an earlier batch or shard could not be written.
         """
         self._raise_error()
-        self._queue.put((shard, rows, states))
+        self._queue.put((shard, rows, [states, stored]))
+
+    def drain(self) -> None:
+        """Wait until nothing that was handed over is held any more."""
+        self._queue.join()
 
     def __enter__(self) -> "ShardSink":
         self._thread.start()
@@ -74,36 +88,41 @@ class ShardSink:
             self._raise_error()
 
     def _work(self) -> None:
-        batches = iter(self._queue.get, None)
+        batches = self._batches()
         try:
             for batch in batches:
                 self._write_shard(batch, batches)
         except BaseException as error:
             self._error = error
         for _ in batches:
-            pass  # so that `put` never blocks
+            pass  # so that neither `put` nor `drain` blocks
 
-    def _write_shard(
-        self, batch: tuple[SinkShard, range, Any], batches: Iterator[tuple[SinkShard, range, Any]]
-    ) -> None:
-        shard, rows, states = batch
+    def _batches(self) -> Iterator[_Batch]:
+        while (batch := self._queue.get()) is not None:
+            yield batch
+            batch[2].clear()  # which would stay on the device until the next batch comes
+            self._queue.task_done()
+
+    def _write_shard(self, batch: _Batch, batches: Iterator[_Batch]) -> None:
+        shard, rows, tensors = batch
         with shard.open() as writer:
-            self._write(writer, shard, rows, states)
+            self._write(writer, shard, rows, *tensors)
             while rows.stop < len(shard.lengths):
                 following = next(batches, None)
                 if following is None:
                     raise _Unfinished
-                _, rows, states = following
-                self._write(writer, shard, rows, states)
+                _, rows, tensors = following
+                self._write(writer, shard, rows, *tensors)
 
-    def _write(self, writer: ShardWriter, shard: SinkShard, rows: range, states: "torch.Tensor") -> None:
-        dtype = writer.layout.dtype
-        stored = states.to(dtype.torch).cpu()
+    def _write(
+        self, writer: ShardWriter, shard: SinkShard, rows: range, states: "torch.Tensor", stored: "torch.Tensor"
+    ) -> None:
+        stored = stored.cpu()
         for number, row in enumerate(rows):
             values = stored[number, :, : shard.lengths[row]]
             # A sum is finite only if all its terms are, and is one pass where isfinite().all() is two.
             if not values.sum(dtype=values.new_empty(0).float().dtype).isfinite() and not values.isfinite().all():
-                why, instead = _why(states[number, :, : shard.lengths[row]], dtype)
+                why, instead = _why(states[number, :, : shard.lengths[row]].cpu(), writer.layout.dtype)
                 if not self._skip:
                     raise DataError(
                         f"{shard.names[row]} has {why}; nothing of its shard was kept. "

@@ -186,6 +186,8 @@ def _json_object(path: Path, number: int, line: str) -> dict[str, object]:
         value: Any = json.loads(line)
     except ValueError as error:
         raise DataError(f"{path}: line {number} is not JSON: {error}") from None
+    except RecursionError:
+        raise DataError(f"{path}: line {number} is JSON that is nested too deeply to be read") from None
     if not isinstance(value, dict):
         raise DataError(f"{path}: line {number} is not a JSON object, but a {type(value).__name__}")
     return value

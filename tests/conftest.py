@@ -93,6 +93,29 @@ def run_cli() -> Callable[..., Any]:
     return run
 
 
+@pytest.fixture
+def room(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
+    """`room(1)`: the tiny llama's forward pass is out of memory with more rows; gives the rows of each pass."""
+    import torch
+    from transformers import LlamaModel
+
+    real = LlamaModel.forward
+
+    def begin(rows: int) -> list[int]:
+        tried: list[int] = []
+
+        def forward(self: Any, *arguments: Any, input_ids: Any, **options: Any) -> Any:
+            tried.append(len(input_ids))
+            if len(input_ids) > rows:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return real(self, *arguments, input_ids=input_ids, **options)
+
+        monkeypatch.setattr(LlamaModel, "forward", forward)
+        return tried
+
+    return begin
+
+
 class Relish:
     """Starts and awaits real `relish` processes through tests/forkserver.py."""
 

@@ -95,7 +95,7 @@ def train(
         workers=workers,
         threads=threads,
     )
-    from .grid import train_heads
+    from .grid import CellName, train_heads
     from .live import LiveTable
 
     with LiveTable() as table:
@@ -111,10 +111,19 @@ def train(
     else:
         typer.echo(f"next: relish evaluate {quote(str(out))} --out report")
     if result.diverged:
+        from .diverged import find_diverged
+
         names = ", ".join(map(str, result.diverged))
+        lost = [
+            cell
+            for cell in find_diverged(result.folder)
+            if CellName(cell.head, cell.depth, cell.seed) in result.diverged
+        ]
+        reasons = "; ".join(dict.fromkeys(cell.reason for cell in lost))
         typer.echo(
-            f"error: the loss of {names} was no longer finite; try a lower --lr. The other cells are there. To try a "
-            f"cell again with the same settings, delete its file {out / 'CELL.diverged.json'}",
+            f"error: {names} diverged: {reasons}. Against a loss that is not finite, try a lower --lr. The other cells "
+            "are there. To try a cell again with the same settings, delete its file "
+            f"{out / 'CELL.diverged.json'}",
             err=True,
         )
         raise typer.Exit(2)

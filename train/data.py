@@ -71,13 +71,20 @@ def training_rows(cache: FeatureCache, settings: TrainSettings) -> tuple[Rows, R
         held = np.sort(np.random.default_rng(0).permutation(len(train))[:count])
         chosen = Rows(train, np.setdiff1d(everything, held)), Rows(train, held)
     for rows in chosen:
-        unlabelled = int(np.isnan(rows.target).sum())
-        if unlabelled:
+        unlabelled = rows.index[np.isnan(rows.target)]
+        if len(unlabelled):
+            split, first = rows.split, unlabelled[0]
             raise DataError(
-                f"{unlabelled} of {len(rows)} rows of the split {rows.split.name!r} have no label; all need one"
+                f"{len(unlabelled)} of {len(rows)} rows of the split {split.name!r} of the cache {cache.folder} have "
+                f"no label, first row {split.row[first]} (id {split.ids[first]!r}); all need one: fill them in, or "
+                "leave those rows out, and extract into another folder"
             )
     if len(chosen[0]) < 2:
-        raise DataError(f"training rows: {len(chosen[0])}; at least 2 are needed")
+        held = f" are left after {len(chosen[1])} of {len(train)} was held out for validation" if found is None else ""
+        raise DataError(
+            f"{len(chosen[0])} training rows of the cache {cache.folder}{held}; at least 2 are needed: extract more "
+            "rows"
+        )
     return chosen
 
 

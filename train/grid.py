@@ -59,7 +59,7 @@ def train_heads(
         SettingsError: if the device is not there.
     """
     settings = settings or TrainSettings()
-    out = Path(out)
+    out = Path(out).absolute()  # so that a later chdir does not move it
     training = open_training(cache, out, settings)
     config = training.config
     grid = grid_cells(settings)

@@ -67,8 +67,14 @@ def train_head(
         on_step: hears after each step how many steps are done.
 
     Raises:
-        Diverged: when the loss is NaN or infinite.
+        Diverged: when the loss is NaN or infinite, or the inputs' scale is.
     """
+    # Divided by an infinite deviation, a dimension would vanish without a word.
+    if not all(values.isfinite().all() for values in head.input_scale.buffers()):
+        raise Diverged(
+            "the hidden states are too large to be standardised in float32; train on another layer, or with "
+            "--no-standardise"
+        )
     generator = np.random.default_rng(seed)
     steps = settings.epochs * math.ceil(len(train) / settings.batch_size)
     optimizer = make_optimizer(head, settings.weight_decay)

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..cache.errors import RunError
-from ..cache.fileio import sync_folder
+from ..cache.errors import CacheError, RunError
+from ..cache.fileio import read_whole, sync_folder
 from ..cache.identity import Identity
 from ..cache.jsonfile import read_versioned, sealed_text
 from .diverged import find_diverged
@@ -120,8 +120,14 @@ def load_run(path: str | Path) -> Run:
         config = _read_sealed(path / "config.json", FORMAT)
     except FileNotFoundError:
         cells = [run.name for run in cell_folders(path)]
-        hint = f"; it holds {len(cells)} runs, name one: {path / cells[0]}" if cells else ""
-        raise RunError(f"{path} is no run folder: it has no config.json{hint}") from None
+        if re.fullmatch(_CELL, path.name) and path.is_dir():
+            raise RunError(f"the run {path} has no config.json; {_way_out(path)}") from None
+        hint = (
+            f"it holds {len(cells)} runs, name one: {path / cells[0]}"
+            if cells
+            else "name one that relish train made, such as runs/relish-L3-seed0"
+        )
+        raise RunError(f"{path} is no run folder: it has no config.json; {hint}") from None
     try:
         metrics = _read_sealed(path / "metrics.json", _METRICS_FORMAT)
     except FileNotFoundError:
@@ -143,6 +149,8 @@ def load_run(path: str | Path) -> Run:
             weights_sha256=str(config["weights_sha256"]),
             metrics={name: value for name, value in metrics.items() if name not in ("format", "version")},
         )
+    except CacheError as error:
+        raise RunError(f"the run {path} cannot be used: {error}") from None
     except KeyError as error:
         raise RunError(f"the run {path} is damaged: its config.json lacks {error}; {_way_out(path)}") from None
     except (TypeError, ValueError, IndexError, AttributeError) as error:
@@ -189,7 +197,7 @@ def load_head(run: "str | Path | Run") -> Head:
         run = load_run(run)
     path = run.path / "model.safetensors"
     try:
-        content = path.read_bytes()
+        content = read_whole(path)
     except OSError as error:
         raise RunError(f"{path} cannot be read ({error.strerror}); {_way_out(run.path)}") from None
     if hashlib.sha256(content).hexdigest() != run.weights_sha256:

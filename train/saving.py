@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..cache.errors import RunError
+from ..cache.fileio import way_to_write
 
 
 @contextmanager
@@ -23,8 +24,8 @@ def writing(path: Path, kept: str) -> Iterator[None]:
         yield
     except OSError as reason:
         raise RunError(
-            f"{path} cannot be written ({reason.strerror or reason}); {kept}: free space or give permission, whichever "
-            "is missing, and run the same command again"
+            f"{path} cannot be written ({reason.strerror or reason}); {kept}: {way_to_write(reason)}, and run the same "
+            "command again"
         ) from reason
 
 

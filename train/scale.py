@@ -23,7 +23,7 @@ class InputScale(nn.Module):
         """Take the mean (D,) and the standard deviation (D,) of the training split's real tokens."""
         self.mean.copy_(mean)
         # A constant dimension has a deviation of rounding noise, not of 0; scaled by that it would dwarf all others.
-        self.scale.copy_(torch.where(scale > 1e-6 * mean.abs(), scale, torch.ones_like(scale)))
+        self.scale.copy_(torch.where(scale <= 1e-6 * mean.abs(), torch.ones_like(scale), scale))
 
     def reset(self) -> None:
         """Back to the identity."""

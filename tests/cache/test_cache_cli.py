@@ -1,5 +1,7 @@
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -75,6 +77,20 @@ def test_verify_names_each_bad_shard_and_exits_with_1(run_cli, cache, make):
     assert len(lines) == 2
     assert lines[0].startswith(f"the shard {cache / 'train-00000.h5'} is damaged: the hidden states of row ")
     assert lines[1].startswith(f"the shard {cache / 'test-00001.h5'} has 100 bytes, ")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere paths are Unicode")
+def test_a_path_that_is_no_unicode_is_printed_with_escapes(cache, tmp_path):
+    moved = cache.rename(tmp_path / os.fsdecode(b"caf\xe9"))
+    done = subprocess.run(
+        [sys.executable, "-m", "relish", "cache", "verify", moved],
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{tmp_path}/caf\\udce9: 8 shards, every byte as it was written\n"
 
 
 def test_merge_makes_one_cache(run_cli, make, tmp_path):

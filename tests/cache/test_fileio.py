@@ -1,3 +1,4 @@
+import errno
 import json
 import math
 import os
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relish.cache import fileio
+from relish.cache.errors import CacheError
 
 
 @pytest.fixture(params=["positioned", "seek"], autouse=True)
@@ -143,3 +145,24 @@ def test_reads_see_the_last_write_at_every_place(tmp_path_factory, pieces):
         assert read(descriptor, 400, 0) == (400, bytes(expected))
     finally:
         os.close(descriptor)
+
+
+@pytest.mark.parametrize(
+    ("number", "way"),
+    [
+        (errno.ENOSPC, "free space"),
+        (errno.EDQUOT, "free space"),
+        (errno.EACCES, "make the folder writable"),
+        (errno.EROFS, "make the folder writable"),
+        (errno.ENOENT, "put its folder back"),
+        (errno.EISDIR, "take away the folder of that name"),
+        (errno.EIO, "see to that"),
+    ],
+)
+def test_what_to_do_about_a_file_that_cannot_be_written_follows_from_the_error(tmp_path, number, way):
+    with pytest.raises(CacheError) as caught, fileio.writing_cache(tmp_path / "x"):
+        raise OSError(number, os.strerror(number))
+    assert str(caught.value) == (
+        f"{tmp_path / 'x'} cannot be written ({os.strerror(number)}); finished shards are kept: {way}, and run the "
+        "same command again"
+    )

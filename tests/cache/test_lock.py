@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 
-from relish.cache import lock
 from relish.cache.errors import CacheError
 from relish.cache.lock import lock_folder
 from relish.cache.manifest import load_manifest
@@ -31,13 +30,38 @@ def test_a_second_writer_is_refused_while_the_first_is_at_work(tmp_path):
         assert (tmp_path / ".lock").exists()
 
 
-def test_a_file_system_without_locks_is_written_without_one(tmp_path, monkeypatch):
-    def none(_descriptor):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+def test_a_file_system_without_locks_is_written_without_one_and_says_so_on_stderr(tmp_path):
+    code = (
+        "import errno, sys; from pathlib import Path; from relish.cache import lock\n"
+        "from relish.cache.errors import CacheError\n"
+        "def none(_descriptor): raise OSError(errno.ENOLCK, 'No locks available')\n"
+        "lock._lock = none\n"
+        "with lock.lock_folder(Path(sys.argv[1]), CacheError): print('held')\n"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "new")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "held\n")
+    assert done.stderr == (
+        f"note: locks are not supported in {tmp_path / 'new'}; make sure that only one process writes there\n"
+    )
 
-    monkeypatch.setattr(lock, "_lock", none)
-    with lock_folder(tmp_path / "new", CacheError):
-        assert (tmp_path / "new").is_dir()
+
+@pytest.mark.parametrize("step", ["mkdir", "open"])
+@pytest.mark.parametrize(
+    ("number", "way"),
+    [(errno.ENOSPC, "free space"), (errno.EACCES, "make the folder writable"), (errno.EIO, "see to that")],
+)
+def test_a_folder_that_cannot_be_locked_is_named_with_the_way_out(tmp_path, monkeypatch, step, number, way):
+    def refuse(*_arguments, **_options):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, step, refuse)
+        with pytest.raises(CacheError) as caught, lock_folder(tmp_path / "new", CacheError):
+            pass
+    assert str(caught.value) == (
+        f"{tmp_path / 'new'} cannot be written ({os.strerror(number)}); {way}, or choose another one"
+    )
 
 
 def test_a_writer_refuses_a_manifest_that_changed_since_it_was_opened(make, tmp_path):

@@ -1,9 +1,15 @@
+import errno
+import os
+from pathlib import Path
+
 import pytest
 
 from relish.cache.errors import CacheError
 from relish.cache.merge import merge_caches
 from relish.cache.reader import open_cache
 from relish.cache.verify import verify_cache
+
+from ..disk import fill, small_disk
 
 
 @pytest.fixture
@@ -102,4 +108,59 @@ def test_a_missing_shard_is_named_and_nothing_is_left(parts, tmp_path):
         f"nothing was merged: the shard {parts[1] / 'dev-00001.h5'} is missing; "
         f"restore it from a copy, or run: relish cache repair {parts[1]}"
     )
+    assert list((tmp_path / "all").iterdir()) == []
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_finished_split_is_taken_though_the_unfinished_has_more_shards(make, tmp_path, turned):
+    whole = make.write(tmp_path / "whole")
+    make.fill(make.open_writer(tmp_path / "half"), "train", make.rows(), shard_rows=1, stop_after=9)
+    assert len(open_cache(tmp_path / "half").manifest.splits["train"].done) > 4
+    caches = [tmp_path / "half", whole]
+    merge_caches(tmp_path / "all", caches[::-1] if turned else caches)
+    assert make.contents(tmp_path / "all") == make.contents(whole)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_of_two_unfinished_the_one_with_more_rows_is_taken(make, tmp_path, turned):
+    make.fill(make.open_writer(tmp_path / "many"), "train", make.rows(), shard_rows=1, stop_after=3)
+    make.fill(make.open_writer(tmp_path / "more"), "train", make.rows(), shard_rows=4, stop_after=1)
+    caches = [tmp_path / "many", tmp_path / "more"]
+    merge_caches(tmp_path / "all", caches[::-1] if turned else caches)
+    assert make.contents(tmp_path / "all") == make.contents(tmp_path / "more")
+
+
+@pytest.mark.parametrize("leave", [0, 8_192, 20_480, 28_672])
+def test_a_full_disk_is_named_and_nothing_is_left(make, parts, tmp_path, run_cli, leave):
+    """In a shard, at the manifest's copy, at the manifest."""
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        filler = fill(disk, leave)
+        result = run_cli("cache", "merge", disk / "all", *parts)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert result.stderr.startswith(f"error: {disk / 'all'}")
+        assert result.stderr.endswith(
+            " cannot be written (No space left on device); nothing was merged: free space, and run the same command "
+            "again\n"
+        )
+        assert not (disk / "all").exists() or list((disk / "all").iterdir()) == []
+        filler.unlink()
+        assert run_cli("cache", "merge", disk / "all", *parts).exit_code == 0
+        assert verify_cache(open_cache(disk / "all")) == []
+
+
+@pytest.mark.parametrize("name", ["manifest.copy.json", "manifest.json"])
+def test_a_manifest_that_cannot_be_written_leaves_nothing(parts, tmp_path, monkeypatch, name):
+    real = Path.replace
+
+    def refuse(path, target):
+        if target.name == name:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        return real(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", refuse)
+        assert message(tmp_path / "all", list(parts)) == (
+            f"{tmp_path / 'all' / name} cannot be written ({os.strerror(errno.EDQUOT)}); nothing was merged: free "
+            "space, and run the same command again"
+        )
     assert list((tmp_path / "all").iterdir()) == []

@@ -6,10 +6,17 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+import h5py
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from relish.cache import writer as writer_module
 from relish.cache.errors import CacheError
@@ -179,7 +186,99 @@ def machine(make):
     return Caches
 
 
-def test_any_order_of_events(machine):
-    from hypothesis.stateful import run_state_machine_as_test
+# With 2, 3 or 4 rows a shard these are cut into as many shards or fewer, of which some are alike.
+CUT = (30, 30, 30, 30, 9, 9, 9, 2, 2, 2)
+UNFIT = {1, 2, 3, 8}  # rows that cannot be stored: with 3 rows a shard, all of the second
 
+
+@pytest.fixture(scope="module")
+def cuts(make):
+    class Cuts(RuleBasedStateMachine):
+        """Two caches of the same rows, with any number of rows a shard; they are merged, and lose shards."""
+
+        def __init__(self):
+            super().__init__()
+            self.home = Path(tempfile.mkdtemp())
+            self.folders = [self.home / "a", self.home / "b"]
+            self.merges = 0
+
+        def teardown(self):
+            shutil.rmtree(self.home)
+
+        @property
+        def records(self):
+            there = [folder for folder in self.folders if (folder / "manifest.json").exists()]
+            return {folder: load_manifest(folder).splits["train"] for folder in there}
+
+        @rule(which=st.integers(0, 1), shard_rows=st.integers(1, 5), shards=st.integers(1, 9))
+        def write(self, which, shard_rows, shards):
+            folder, rows = self.folders[which], make.rows(CUT)
+            writer = make.open_writer(folder)
+            known = self.records.get(folder)
+            if known is not None and known.shard_rows != shard_rows:
+                begun = f"begun with --shard-rows {known.shard_rows}, and this is {shard_rows}; go on with"
+                with pytest.raises(CacheError, match=begun):
+                    writer.split("train", rows, shard_rows=shard_rows)
+                return
+            values = make.states(rows, make.identity())
+            split = writer.split("train", rows, shard_rows=shard_rows)
+            for number in split.pending()[:shards]:
+                with split.shard(number) as shard:
+                    for position, row in enumerate(split.members(number)):
+                        if row in UNFIT:
+                            shard.skip(position, "NaN")
+                        else:
+                            shard.write(position, values[row])
+
+        @precondition(lambda self: any(record.shards for record in self.records.values()))
+        @rule(data=st.data())
+        def lose_shards_and_repair(self, data):
+            folders = sorted(folder for folder, record in self.records.items() if record.shards)
+            folder = data.draw(st.sampled_from(folders), label="folder")
+            names = [record.file for record in self.records[folder].shards]
+            lost = data.draw(st.sets(st.sampled_from(names), min_size=1), label="lost")
+            for name in lost:
+                (folder / name).unlink()
+            assert {record.file for record in repair_cache(folder).dropped} == lost
+
+        @precondition(lambda self: len(self.records) == 2)
+        @rule(turned=st.booleans(), into=st.integers(0, 1))
+        def merge(self, turned, into):
+            self.merges += 1
+            out = self.home / f"merged-{self.merges}"
+            before = self.records
+            merge_caches(out, self.folders[::-1] if turned else self.folders)
+            taken = load_manifest(out).splits["train"]
+            assert taken in before.values()
+            for record in before.values():
+                assert taken.complete or not record.complete
+                assert taken.complete or taken.covered >= record.covered
+            self.folders[into] = out
+
+        @invariant()
+        def each_row_is_there_once(self):
+            for folder, record in self.records.items():
+                rows = [row.row for row in record.skipped]
+                for shard in record.shards:
+                    with h5py.File(folder / shard.file, "r") as file:
+                        rows += file["row"][()].tolist()
+                assert len(set(rows)) == len(rows) == record.covered
+                assert UNFIT & set(rows) == {row.row for row in record.skipped}
+                found = verify_cache(open_cache(folder))
+                if record.complete:
+                    assert sorted(rows) == list(range(len(CUT)))
+                    assert found == []
+                    assert set(open_cache(folder).split("train").row.tolist()) == set(range(len(CUT))) - UNFIT
+                else:
+                    assert len(found) == 1
+                    assert "is not finished" in found[0]
+
+    return Cuts
+
+
+def test_any_order_of_events(machine):
     run_state_machine_as_test(machine, settings=settings(max_examples=15, stateful_step_count=15, deadline=None))
+
+
+def test_any_cut_into_shards(cuts):
+    run_state_machine_as_test(cuts, settings=settings(max_examples=12, stateful_step_count=12, deadline=None))

@@ -109,8 +109,8 @@ def test_another_cut_into_shards_is_refused(make, tmp_path, done):
     with pytest.raises(CacheError) as caught:
         make.open_writer(folder).split("train", rows, shard_rows=4)
     assert str(caught.value) == (
-        f"the split 'train' of the cache {folder} was begun with another --shard-rows than 4; "
-        "use the same value to go on"
+        f"the split 'train' of the cache {folder} was begun with --shard-rows 2, and this is 4; go on with "
+        "--shard-rows 2"
     )
 
 
@@ -118,7 +118,7 @@ def test_another_cut_that_begins_alike_is_refused_as_well(make, tmp_path):
     # The first row is much longer than the others, so it is a shard of its own whatever shard_rows says.
     folder, rows = tmp_path / "c", make.rows((60, *(5,) * 8))
     make.fill(make.open_writer(folder), "train", rows, shard_rows=2, stop_after=1)
-    with pytest.raises(CacheError, match="begun with another --shard-rows than 8"):
+    with pytest.raises(CacheError, match="begun with --shard-rows 2, and this is 8"):
         make.open_writer(folder).split("train", rows, shard_rows=8)
 
 

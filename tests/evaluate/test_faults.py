@@ -1,6 +1,8 @@
 """Evaluating and predicting under faults: old results stay whole, damaged heads give no number."""
 
 import json
+import os
+import re
 import shutil
 import signal
 import sys
@@ -9,6 +11,9 @@ import pytest
 
 from relish.cache.errors import RunError
 from relish.cache.lock import lock_folder
+from relish.evaluate import predict
+from relish.evaluate.predict import predict_scores
+from relish.evaluate.results import evaluate_runs
 from relish.train.grid import train_heads
 from relish.train.settings import TrainSettings
 
@@ -17,7 +22,8 @@ from .conftest import SMALL
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in (".lock", "filler")}
+    files = [path for path in folder.iterdir() if path.name not in (".lock", "filler")]
+    return {path.name: path.read_bytes() if path.is_file() else b"" for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -58,21 +64,23 @@ def test_a_run_that_changed_gives_no_number(run, tiny_model, predict_words, tmp_
 
 def test_a_full_disk_leaves_the_old_report_as_it_was(runs, tmp_path, run_cli):
     with small_disk(tmp_path / "disk", "4m") as disk:
-        words = ["evaluate", runs, "--out", disk]
+        report = disk / "report"
+        words = ["evaluate", runs, "--out", report]
         assert run_cli(*words, "--split", "dev").exit_code == 0
-        old = contents(disk)
+        old = contents(report)
         for leave in (0, 8_192, 65_536, 250_000):
             filler = fill(disk, leave)
             result = run_cli(*words)
             assert (result.exit_code, result.stderr.count("\n")) == (2, 1), leave
             assert result.stderr.startswith(
-                f"error: {disk} cannot be written (No space left on device); what the folder held before is kept: free "
+                f"error: {report} cannot be written (No space left on device); what the folder held before is kept: "
+                "free space, and "
             )
-            assert contents(disk) == old
+            assert contents(report) == old
             filler.unlink()
         assert run_cli(*words).exit_code == 0
-        assert contents(disk).keys() == old.keys()
-        assert all(contents(disk)[name] != old[name] for name in old)
+        assert contents(report).keys() == old.keys()
+        assert all(contents(report)[name] != old[name] for name in old)
 
 
 def test_a_read_only_report_folder_is_named(runs, tmp_path, run_cli):
@@ -96,6 +104,102 @@ def test_two_reports_into_one_folder_at_the_same_time(runs, tmp_path, run_cli):
     assert not (tmp_path / ".report.tmp").exists()
 
 
+def test_a_folder_that_holds_something_else_is_refused_before_the_work(runs, tmp_path, run_cli):
+    for place, other in ((runs, "relish-L1-seed0"), (tmp_path / "notes", "notes.txt")):
+        if place != runs:
+            place.mkdir()
+            (place / other).write_text("mine")
+        result = run_cli("evaluate", runs, "--out", place)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert result.stderr == (
+            f"error: {place} holds other files than a report's, such as {other}; choose a new or empty folder\n"
+        )
+        assert not (place / "report.html").exists()
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "depth.png").write_bytes(b"part of an earlier report")
+    (tmp_path / "old" / ".hidden").write_text("")
+    assert run_cli("evaluate", runs, "--out", tmp_path / "old").exit_code == 0
+
+
+def test_relative_paths_after_a_change_of_folder(runs, run, predict_words, tmp_path, monkeypatch):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "runs").symlink_to(runs)
+    (tmp_path / "run").symlink_to(run)
+    monkeypatch.chdir(tmp_path)
+
+    def wander(*_):
+        os.chdir(tmp_path / "b")
+
+    evaluate_runs("runs", out="report", device="cpu", progress=wander)
+    assert (tmp_path / "report" / "report.html").exists()
+    monkeypatch.chdir(tmp_path)
+    model = os.path.relpath(predict_words[3])
+    monkeypatch.setattr(predict, "_CHUNK", 7)
+    predict_scores("run", model=model, data="data/new.jsonl", out="s.csv", device="cpu", progress=wander)
+    assert len((tmp_path / "s.csv").read_text().splitlines()) == 41
+    assert list((tmp_path / "b").iterdir()) == []
+
+
+# memory
+
+
+def test_predict_halves_its_batches_when_memory_runs_out(predict_words, room, tmp_path, run_cli):
+    assert run_cli(*predict_words, tmp_path / "one-by-one.csv", "--batch-tokens", 1).exit_code == 0
+    tried = room(1)
+    result = run_cli(*predict_words, tmp_path / "scores.csv")
+    assert result.exit_code == 0, result.stderr
+    assert tried == [40, 20, 10, 5, 2, *[1] * 40]
+    assert (tmp_path / "scores.csv").read_bytes() == (tmp_path / "one-by-one.csv").read_bytes()
+
+
+def test_predict_names_the_length_of_a_single_row_that_does_not_fit(predict_words, room, tmp_path, run_cli):
+    tried = room(0)
+    result = run_cli(*predict_words, tmp_path / "scores.csv")
+    assert (result.exit_code, result.stdout, tried) == (2, "", [40, 20, 10, 5, 2, 1])
+    assert re.fullmatch(
+        r"error: out of memory on a single row of \d+ tokens; use --max-length with --truncate, a smaller "
+        "--compute-dtype, or a device with more memory\n",
+        result.stderr,
+    )
+    assert not (tmp_path / "scores.csv").exists()
+
+
+# two at once
+
+
+def test_two_predictions_into_one_file_leave_the_whole_scores_of_one(predict_words, tmp_path, relish_process):
+    out = tmp_path / "scores.csv"
+    both = [relish_process.start(*predict_words, out, "--batch-tokens", 1, pause=0.01) for _ in range(2)]
+    done = [relish_process.wait(pid) for pid in both]
+    assert [(one.code, one.stderr) for one in done] == [(0, "")] * 2
+    assert len(out.read_text().splitlines()) == 41
+    assert contents(tmp_path).keys() == {"data", "scores.csv"}
+
+
+def test_a_score_that_is_not_finite_is_named_by_its_row(predict_words, tmp_path, run_cli, monkeypatch):
+    real, seen = predict.Backbone.hidden_states, []
+
+    def spoiled(self, rows):
+        states = real(self, rows).clone()
+        seen.extend(rows)
+        if len(seen) == 10:  # one row at a time, the longest of each chunk first
+            states[:] = float("nan")
+        return states
+
+    monkeypatch.setattr(predict.Backbone, "hidden_states", spoiled)
+    monkeypatch.setattr(predict, "_CHUNK", 7)
+    result = run_cli(*predict_words, tmp_path / "scores.csv", "--batch-tokens", 1)
+    assert (result.exit_code, result.stdout) == (2, "")
+    found = re.fullmatch(r"error: the score of row (\d+) of new.jsonl is not finite; take the row out\n", result.stderr)
+    assert found is not None
+    # The tenth pass is the third of the second chunk.
+    texts = [json.loads(line)["text"] for line in predict_words[5].read_text(encoding="utf-8").splitlines()]
+    words = [len(text.split()) for text in texts]
+    third = sorted(range(7, 14), key=lambda row: -words[row])[2]
+    assert words[int(found[1])] == words[third]
+    assert not (tmp_path / "scores.csv").exists()
+
+
 def test_a_full_disk_leaves_the_old_scores_as_they_were(predict_words, tmp_path, run_cli):
     with small_disk(tmp_path / "disk", "1m") as disk:
         out = disk / "scores.csv"
@@ -104,7 +208,7 @@ def test_a_full_disk_leaves_the_old_scores_as_they_were(predict_words, tmp_path,
         result = run_cli(*predict_words, out)
         assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.stderr
         assert result.stderr.startswith(
-            f"error: {out} cannot be written (No space left on device); no scores were written: free space or give "
+            f"error: {out} cannot be written (No space left on device); no scores were written: free space, and "
         )
         assert contents(disk) == {"scores.csv": b"old"}
         filler.unlink()

@@ -60,6 +60,21 @@ def test_jsonl_and_a_column_that_is_called_score_already(run, tiny_model, tiny_r
     assert [float(row["score"]) for row in rows] == [row["score"] for row in tiny_rows(5, 3)]
 
 
+def test_keys_of_jsonl_that_the_first_row_lacks_are_kept(run, tiny_model, tmp_path, run_cli):
+    data, out = tmp_path / "new.jsonl", tmp_path / "scores.csv"
+    given = [{"text": "warm"}, {"text": "dull", "note": "a"}, {"id": 3, "text": "fresh", "score": 1}]
+    data.write_text("\n".join(map(json.dumps, given)), encoding="utf-8")
+    result = run_cli("predict", run, "--model", tiny_model("llama"), "--data", data, "--out", out)
+    assert "new.jsonl has a column 'score'; the new one is called 'prediction'" in result.stderr
+    rows = read(out)
+    assert list(rows[0]) == ["text", "note", "id", "score", "prediction"]
+    assert [list(row.values())[:4] for row in rows] == [
+        ["warm", "", "", ""],
+        ["dull", "a", "", ""],
+        ["fresh", "", "3", "1"],
+    ]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -86,12 +101,12 @@ def test_another_backbone_is_refused(run, new, tiny_model, tmp_path, run_cli):
     ("name", "text", "message"),
     [
         ("new.csv", "id,body\n1,hello\n", "the prompt names the column 'text', but new.csv has: id, body"),
-        ("new.csv", "id,text\n1,fresh\n2,  \n", "row 2 of new.csv has an empty text in column 'text'"),
+        ("new.csv", "id,text\n1,fresh\n2,  \n", "row 1 of new.csv has an empty text in column 'text'"),
         ("new.csv", "id,text\n", "new.csv holds no rows"),
         (
             "new.csv",
             "text\n" + "warm " * 200 + "\n",
-            "row 1 of new.csv gives 203 tokens, and the head was trained for 1 to 128",
+            "row 0 of new.csv gives 203 tokens, and the head was trained for 1 to 128",
         ),
         ("new.xls", "", "new.xls"),
     ],

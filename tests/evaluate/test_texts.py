@@ -134,11 +134,11 @@ def test_a_text_of_100_000_characters_is_refused_or_cut_as_asked(tmp_path, tiny_
 
 
 BAD = [
-    ({"text": ""}, "row 2 of bad.jsonl has an empty text in column 'text'"),
-    ({"text": " \t\u3000\n"}, "row 2 of bad.jsonl has an empty text in column 'text'"),
-    ({"text": None}, "row 2 of bad.jsonl has no text in column 'text'"),
-    ({"text": 7}, "row 2 of bad.jsonl has 7 in column 'text', which is not text"),
-    ({"text": "so \ud83d warm"}, r"row 2 of bad.jsonl holds '\ud83d' in column 'text', half of a surrogate pair"),
+    ({"text": ""}, "row 1 of bad.jsonl has an empty text in column 'text'"),
+    ({"text": " \t\u3000\n"}, "row 1 of bad.jsonl has an empty text in column 'text'"),
+    ({"text": None}, "row 1 of bad.jsonl has no text in column 'text'"),
+    ({"text": 7}, "row 1 of bad.jsonl has 7 in column 'text', which is not text"),
+    ({"text": "so \ud83d warm"}, r"row 1 of bad.jsonl holds '\ud83d' in column 'text', half of a surrogate pair"),
 ]
 
 
@@ -166,5 +166,5 @@ def test_half_a_surrogate_pair_beside_the_text_is_named_before_any_work(odd, tmp
     words = ["predict", odd / "runs/relish-L1-seed0", "--model", tiny_model("llama"), "--data", path, "--out", out]
     result = run_cli(*words)
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
-    assert "row 1 of bad.jsonl holds" in result.stderr
+    assert "row 0 of bad.jsonl holds" in result.stderr
     assert not out.exists()

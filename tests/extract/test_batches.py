@@ -1,3 +1,5 @@
+import weakref
+
 import pytest
 import torch
 from hypothesis import given
@@ -74,6 +76,12 @@ def test_rows_are_halved_down_to_one():
         torch.OutOfMemoryError("CUDA out of memory"),
         MemoryError(),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError("[enforce fail] data. DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
+        RuntimeError("Invalid buffer size: 20.00 GB"),
     ],
 )
 def test_a_single_row_that_does_not_fit_is_named_by_its_length(error):
@@ -92,3 +100,40 @@ def test_any_other_error_is_passed_on_at_once():
     with pytest.raises(RuntimeError, match="shapes differ"):
         list(run_in_batches([5] * 8, Budget(40), forward))
     assert len(tried) == 1
+
+
+def test_what_earlier_batches_hold_is_released_before_a_range_is_tried_again():
+    """A row that does not fit beside them may fit alone."""
+    lengths, held, events = [10] * 4, [], []
+
+    def forward(batch):
+        events.append(slots(lengths, batch))
+        if len(held) > 1 or events[-1] > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        held.append(batch)
+
+    def release():
+        events.append("released")
+        held.clear()
+
+    assert [batch for batch, _ in run_in_batches(lengths, Budget(10), forward, release)] == [
+        range(n, n + 1) for n in range(4)
+    ]
+    assert events == [10, 10, 10, "released", 10, 10]
+
+
+def test_the_generator_holds_no_result_during_the_next_pass():
+    class Result:
+        pass
+
+    seen = []
+
+    def forward(_batch):
+        assert all(one() is None for one in seen)
+        result = Result()
+        seen.append(weakref.ref(result))
+        return result
+
+    for batch, result in run_in_batches([1, 1, 1], Budget(1), forward):
+        del batch, result
+    assert len(seen) == 3

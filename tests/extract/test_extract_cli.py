@@ -117,14 +117,14 @@ def test_a_missing_column(extract, table):
 
 def test_an_empty_text(extract, table):
     path = table(rows=[{"text": "a film", "score": "1"}, {"text": "  ", "score": "2"}])
-    refused(extract("--data", f"train={path}"), "row 2 of train.csv has an empty text in column 'text'")
+    refused(extract("--data", f"train={path}"), "row 1 of train.csv has an empty text in column 'text'")
 
 
 def test_a_target_that_is_no_number(extract, table):
     path = table(rows=[{"text": "a film", "score": "1"}, {"text": "a play", "score": "good"}])
     refused(
         extract("--data", f"train={path}"),
-        "row 2 of train.csv has the target 'good' in column 'score', which is not a number; "
+        "row 1 of train.csv has the target 'good' in column 'score', which is not a number; "
         "leave the cell blank if the row has no label",
     )
 
@@ -133,7 +133,7 @@ def test_a_label_outside_the_range(extract, table):
     path = table(rows=[{"text": "a film", "score": "1"}, {"text": "a play", "score": "7"}])
     refused(
         extract("--data", f"train={path}", "--label-range", "0,5"),
-        "row 2 of train.csv has the target 7 in column 'score', outside the label range [0, 5]; "
+        "row 1 of train.csv has the target 7 in column 'score', outside the label range [0, 5]; "
         "if the target is right, give its range with --label-range",
     )
 

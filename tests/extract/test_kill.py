@@ -12,6 +12,8 @@ from relish.cache.manifest import load_manifest
 from relish.cache.reader import open_cache
 from relish.cache.verify import verify_cache
 
+from ..waiting import wait_until
+
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory, tiny_model, tiny_rows):
@@ -99,6 +101,7 @@ def test_killed_at_twenty_random_moments(command, whole, relish_process, tmp_pat
     span = time.monotonic() - started
     kills, caches = 0, 0
     while kills < 20:
+        assert caches < 40, f"only {kills} kills hit"
         folder, before = tmp_path / f"c-{caches}", {}
         while True:
             pid = relish_process.start(*command(folder), pause=0.02)
@@ -120,8 +123,7 @@ def test_a_signal_drops_the_shard_at_work_and_says_how_to_go_on(command, whole, 
     folder = tmp_path / "c"
     # A row at a time: the third shard, of five rows, is begun with its first, and the others are still to come.
     pid = relish_process.start(*command(folder, "--batch-tokens", "1"), pause=0.3)
-    while not (folder / ".train-00002.h5.tmp").exists():
-        time.sleep(0.01)
+    wait_until((folder / ".train-00002.h5.tmp").exists)
     os.kill(pid, number)
     done = relish_process.wait(pid)
     assert (done.code, done.stdout) == (code, "")
@@ -136,8 +138,7 @@ def test_a_signal_drops_the_shard_at_work_and_says_how_to_go_on(command, whole, 
 
 def test_a_signal_before_the_first_shard_leaves_nothing(command, relish_process, tmp_path):
     pid = relish_process.start(*command(tmp_path / "c"), pause=5)
-    while not (tmp_path / "c" / ".lock").exists():
-        time.sleep(0.01)
+    wait_until((tmp_path / "c" / ".lock").exists)
     os.kill(pid, signal.SIGTERM)
     assert relish_process.wait(pid).code == 143
     assert sorted(files(tmp_path / "c")) == [".lock"]
@@ -146,8 +147,7 @@ def test_a_signal_before_the_first_shard_leaves_nothing(command, relish_process,
 def test_of_two_writers_the_second_is_refused(command, whole, relish_process, tmp_path):
     folder = tmp_path / "c"
     first = relish_process.start(*command(folder), pause=0.5)
-    while not (folder / "manifest.json").exists():
-        time.sleep(0.01)
+    wait_until((folder / "manifest.json").exists)
     second = relish_process.run(*command(folder))
     assert (second.code, second.stdout) == (2, "")
     message = f"error: another process is writing into {folder}; wait until it is done, or stop it\n"
@@ -169,11 +169,14 @@ def test_two_writers_at_the_same_moment_leave_one_whole_cache(command, whole, re
 def test_a_reader_during_writing_sees_whole_shards_only(command, whole, relish_process, tmp_path):
     folder, seen = tmp_path / "c", set()
     pid = relish_process.start(*command(folder), pause=0.2)
-    while len(seen) < 3:
+
+    def three_states_were_seen():
         if (folder / "manifest.json").exists():
             cache = open_cache(folder)
             seen.add(len(cache.manifest.splits["train"].shards))
             assert all("is not finished" in sentence for sentence in verify_cache(cache))
-        time.sleep(0.01)
+        return len(seen) >= 3
+
+    wait_until(three_states_were_seen)
     assert relish_process.wait(pid).code == 0
     assert files(folder) == whole

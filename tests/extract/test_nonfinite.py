@@ -65,7 +65,7 @@ def test_the_row_is_named_before_its_shard_is_kept(extract, spoil, tiny_rows, tm
         if bad == "large"
         else "NaN or infinity in its hidden states; nothing of its shard was kept. Try --compute-dtype float32"
     )
-    name = f"row 6 of train (id {tiny_rows(12)[5]['id']!r})"
+    name = f"row 5 of train (id {tiny_rows(12)[5]['id']!r})"
     assert f"error: {name} has {what}, or --on-nonfinite skip to leave such rows out\n" in result.stderr
     manifest = tmp_path / "c" / "manifest.json"
     listed = load_manifest(tmp_path / "c").splits["train"].shards if manifest.exists() else ()
@@ -81,7 +81,7 @@ def test_such_rows_can_be_skipped_and_are_named(extract, spoil, tiny_rows, tmp_p
     assert result.exit_code == 0, result.stderr
     assert "skipped 2 rows: " in result.stdout
     for number in (5, 8):
-        assert f"row {number + 1} of train (id {rows[number]['id']!r})" in result.stdout
+        assert f"row {number} of train (id {rows[number]['id']!r})" in result.stdout
     cache = open_cache(tmp_path / "c")
     assert verify_cache(cache) == []
     assert cache.split("train").row.tolist() == [n for n in range(12) if n not in (5, 8)]
@@ -114,3 +114,22 @@ def test_a_run_that_stopped_at_a_row_goes_on_and_skips_it(extract, spoil, tmp_pa
 def test_another_word_is_refused(extract, tmp_path):
     result = extract(tmp_path / "c", "--on-nonfinite", "ignore")
     assert (result.exit_code, result.stderr) == (2, "error: on_nonfinite must be one of error, skip, not 'ignore'\n")
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_a_split_of_which_every_row_is_skipped_is_said_plainly(extract, spoil, run_cli, tmp_path, form):
+    spoil(float("nan"), *range(12))
+    for computed in (True, False):  # and when it is run again
+        result = extract(tmp_path / "c", "--on-nonfinite", "skip", *form)
+        assert result.exit_code == 2
+        assert result.stderr.endswith(
+            "error: every row of train was skipped, so there is nothing to train on or to score; try --compute-dtype "
+            "float32, or a wider --dtype, in another folder\n"
+        )
+        if form:
+            assert len(json.loads(result.stdout)["skipped"]) == 12
+        else:
+            assert "skipped 12 rows: row " in result.stdout
+            assert ("everything was there already" in result.stdout) is not computed
+            assert "next:" not in result.stdout
+    assert run_cli("cache", "verify", tmp_path / "c").exit_code == 0

@@ -181,7 +181,7 @@ def test_a_row_of_no_token_is_named(extract, tmp_path, monkeypatch, no_model):
     )
     rows = [{"text": "a", "score": 1}, {"text": "b", "score": 2}]
     assert message(lambda: extract(tmp_path / "c", data={"train": rows}), DataError) == (
-        "row 2 of train gives no token at all; take it out"
+        "row 1 of train gives no token at all; take it out"
     )
 
 
@@ -233,9 +233,8 @@ def test_what_is_there_is_not_computed_again(extract, tmp_path, monkeypatch):
 
 
 def test_a_shard_that_fails_leaves_the_cache_as_it_was(extract, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        pipeline, "_forward", lambda backbone, tokens, batch: backbone.hidden_states([tokens[i] for i in batch]) / 0
-    )
+    real = pipeline._forward
+    monkeypatch.setattr(pipeline, "_forward", lambda *given: tuple(values / 0 for values in real(*given)))
     found = message(lambda: extract(tmp_path / "c"), DataError)
     assert found.startswith("row ")
     assert " of train (id '0-" in found
@@ -271,7 +270,7 @@ def test_the_range_of_the_cache_holds_for_a_split_that_is_added(extract, tmp_pat
     extract(tmp_path / "c")
     rows = [{"text": "a film", "score": 7}]
     assert message(lambda: extract(tmp_path / "c", data={"test": rows}, label_range=None), DataError).startswith(
-        "row 1 of the rows of test has the target 7 in column 'score', outside the label range [0, 5]"
+        "row 0 of the rows of test has the target 7 in column 'score', outside the label range [0, 5]"
     )
     assert "has the label range (0.0, 5.0), not (0.0, 9.0)" in message(
         lambda: extract(tmp_path / "c", data={"test": rows}, label_range=(0.0, 9.0)), CacheError

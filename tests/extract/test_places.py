@@ -80,8 +80,12 @@ def test_a_cache_folder_that_is_a_link(extract, tmp_path):
 
 def test_a_read_only_folder(extract, tmp_path):
     with read_only(tmp_path / "c") as folder:
-        refused(extract(folder), f"error: {folder / '.lock'}: Read-only file system")
-        refused(extract(folder / "new"), f"error: {folder / 'new'}: Read-only file system")
+        for place in (folder, folder / "new"):
+            refused(
+                extract(place),
+                f"error: {place} cannot be written (Read-only file system); make the folder writable, or choose "
+                "another one",
+            )
 
 
 def test_a_finished_cache_on_a_read_only_file_system_is_read(extract, run_cli, tmp_path):
@@ -90,7 +94,11 @@ def test_a_finished_cache_on_a_read_only_file_system_is_read(extract, run_cli, t
         whole(folder)
         assert run_cli("cache", "verify", folder).exit_code == 0
         assert "everything was there already" in extract(folder).stdout
-        refused(run_cli("cache", "repair", folder), "Read-only file system")
+        refused(
+            run_cli("cache", "repair", folder),
+            f"error: {folder} cannot be written (Read-only file system); make the folder writable, or choose another "
+            "one",
+        )
 
 
 @pytest.mark.parametrize(
@@ -125,13 +133,16 @@ def test_the_file_system_refuses_midway(extract, tmp_path, monkeypatch, step, nu
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL])
-def test_a_file_system_without_locks(extract, tmp_path, monkeypatch, number):
+def test_a_file_system_without_locks(extract, tmp_path, monkeypatch, caplog, number):
     def none(_descriptor):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(lock, "_lock", none)
     assert extract(tmp_path / "c").exit_code == 0
     whole(tmp_path / "c")
+    assert caplog.messages == [
+        f"note: locks are not supported in {tmp_path / 'c'}; make sure that only one process writes there"
+    ]
 
 
 def test_what_a_dead_process_left_behind_is_no_hindrance(extract, tmp_path):

@@ -40,6 +40,10 @@ def test_values_are_never_read_as_template(before, after, value):
         ("{text!r}", "has a format in the field 'text'"),
         ("{text", r"is malformed: .*; write \{\{ and \}\} for braces that are text"),
         ("text}", "is malformed"),
+        (
+            "Rate \udcff {text}",
+            r"the prompt 'Rate \\udcff {text}' holds '\\udcff', half of a surrogate pair, which is no",
+        ),
     ],
 )
 def test_a_template_that_cannot_be_filled_as_meant_is_refused(template, message):

@@ -176,7 +176,7 @@ def test_the_label_range_includes_its_ends(bounds):
 def test_a_cell_that_cannot_be_used_is_named_with_its_row_and_column(row, message):
     with pytest.raises(DataError) as error:
         load([{"text": "a", "y": 1}, row], label_range=(0, 5))
-    assert str(error.value).startswith("row 2 of train.csv ")
+    assert str(error.value).startswith("row 1 of train.csv ")
     assert message in str(error.value)
 
 
@@ -192,7 +192,7 @@ def test_a_cell_that_cannot_be_used_is_named_with_its_row_and_column(row, messag
     ],
 )
 def test_an_id_that_cannot_be_stored_is_refused(row_id, message):
-    with pytest.raises(DataError, match=f"^row 1 of train.csv .*{message}"):
+    with pytest.raises(DataError, match=f"^row 0 of train.csv .*{message}"):
         load([{"text": "a", "id": row_id}], TEXT_AND_ID)
 
 

@@ -1,5 +1,6 @@
 import threading
 import time
+import weakref
 from contextlib import contextmanager
 
 import numpy as np
@@ -12,7 +13,7 @@ from relish.cache.shard import HiddenLayout
 from relish.extract.sink import ShardSink, SinkShard
 
 LENGTHS = [4, 3, 3, 1]
-NAMES = [f"row {number + 1} of train (id 'r{number}')" for number in range(4)]
+NAMES = [f"row {number} of train (id 'r{number}')" for number in range(4)]
 
 
 class Shard:
@@ -47,6 +48,11 @@ class Shard:
         self.written[position] = values.clone()
 
 
+def put(sink, shard, rows, states):
+    """Makes the storage type as the forward pass does."""
+    sink.put(shard, rows, states, states.to(shard.open.__self__.layout.dtype.torch))
+
+
 class OneShard(ShardSink):
     """A sink for the batches of one shard."""
 
@@ -55,7 +61,7 @@ class OneShard(ShardSink):
         self.shard = sink_shard(shard)
 
     def put(self, rows, states):
-        super().put(self.shard, rows, states)
+        put(super(), self.shard, rows, states)
 
 
 def sink_shard(shard):
@@ -112,7 +118,7 @@ def test_a_value_that_is_not_finite_is_named_by_row(bad, dtype):
     with pytest.raises(DataError) as caught, open_sink(shard) as sink:
         sink.put(range(4), values)
     assert str(caught.value) == (
-        "row 3 of train (id 'r2') has NaN or infinity in its hidden states; nothing of its shard was kept. "
+        "row 2 of train (id 'r2') has NaN or infinity in its hidden states; nothing of its shard was kept. "
         "Try --compute-dtype float32, or --on-nonfinite skip to leave such rows out"
     )
 
@@ -120,7 +126,7 @@ def test_a_value_that_is_not_finite_is_named_by_row(bad, dtype):
 def test_two_infinities_that_cancel_are_found():
     values = states()
     values[1, 0, 0, 0], values[1, 0, 0, 1] = float("inf"), float("-inf")
-    with pytest.raises(DataError, match="row 2 of train"), open_sink(Shard()) as sink:
+    with pytest.raises(DataError, match="row 1 of train"), open_sink(Shard()) as sink:
         sink.put(range(4), values)
 
 
@@ -130,7 +136,7 @@ def test_a_value_beyond_float16_is_named_with_the_largest():
     with pytest.raises(DataError) as caught, open_sink(Shard("float16")) as sink:
         sink.put(range(4), values)
     assert str(caught.value) == (
-        "row 2 of train (id 'r1') has a hidden state of 77,595, and float16 ends at 65,504; nothing of its shard was "
+        "row 1 of train (id 'r1') has a hidden state of 77,595, and float16 ends at 65,504; nothing of its shard was "
         "kept. Try --dtype bfloat16, or --on-nonfinite skip to leave such rows out"
     )
 
@@ -175,12 +181,12 @@ def test_a_shard_is_begun_with_its_first_batch_and_committed_with_its_last():
     first, second = Shard(), Shard()
     with ShardSink() as sink:
         one, two = sink_shard(first), sink_shard(second)
-        sink.put(one, range(0, 2), states(2))
+        put(sink, one, range(0, 2), states(2))
         wait_for(lambda: len(first.written) == 2)
         assert (first.state, second.state) == ("open", "waiting")
-        sink.put(one, range(2, 4), states(2))
+        put(sink, one, range(2, 4), states(2))
         wait_for(lambda: first.state == "committed")  # without a batch of the next
-        sink.put(two, range(0, 4), states())
+        put(sink, two, range(0, 4), states())
     assert second.state == "committed"
     assert first.thread is second.thread
 
@@ -190,7 +196,7 @@ def test_a_commit_keeps_nobody_waiting():
     started = time.perf_counter()
     with ShardSink() as sink:
         for shard in shards:
-            sink.put(sink_shard(shard), range(4), states())
+            put(sink, sink_shard(shard), range(4), states())
         assert time.perf_counter() - started < 0.2
     assert [shard.state for shard in shards] == ["committed"] * 2
 
@@ -201,7 +207,7 @@ def test_a_commit_that_fails_drops_what_comes_after():
     def run():
         with ShardSink() as sink:
             for shard in (first, second):
-                sink.put(sink_shard(shard), range(4), states())
+                put(sink, sink_shard(shard), range(4), states())
 
     with pytest.raises(OSError, match="full"):
         run()
@@ -213,7 +219,7 @@ def interrupt_after(*handed_over):
     def run():
         with ShardSink() as sink:
             for shard, rows in handed_over:
-                sink.put(shard, rows, states(len(rows)))
+                put(sink, shard, rows, states(len(rows)))
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -239,3 +245,44 @@ def test_hidden_states_made_in_inference_mode_are_taken():
     with open_sink(shard) as sink, torch.inference_mode():
         sink.put(range(4), states() * 2)
     assert np.isclose(shard.written[0][0, 0, 1].item(), 2 / 7, rtol=0.01)
+
+
+def test_a_value_beyond_bfloat16_is_named_with_the_largest():
+    values = states()
+    values[1, 0, 1, 2] = 3.4e38  # a float32 that no bfloat16 is near
+    with pytest.raises(DataError) as caught, open_sink(Shard("bfloat16")) as sink:
+        sink.put(range(4), values)
+    assert str(caught.value) == (
+        "row 1 of train (id 'r1') has a hidden state of 3.4e+38, and bfloat16 ends at 3.38953e+38; nothing of its "
+        "shard was kept. Try --dtype float32, or --on-nonfinite skip to leave such rows out"
+    )
+    shard = Shard("float32")
+    with open_sink(shard) as sink:
+        sink.put(range(4), values)
+    assert len(shard.written) == 4
+
+
+def test_draining_waits_until_no_batch_is_held():
+    shard = Shard(delay=0.02)
+    with open_sink(shard) as sink:
+        batches = [states(1) for _ in range(3)]
+        held = [weakref.ref(values) for values in batches]
+        while batches:
+            sink.put(range(1), batches.pop())
+        sink.drain()
+        assert all(one() is None for one in held)
+        assert len(shard.written) == 1
+        sink.drain()  # with nothing to wait for
+        sink.put(range(3, 4), states(1))
+
+
+def test_draining_after_an_error_does_not_hang():
+    def put_and_drain():
+        with open_sink(Shard(error=OSError("full"))) as sink:
+            for _ in range(2):
+                sink.put(range(1), states(1))
+                sink.drain()
+
+    with pytest.raises(OSError, match="full"):
+        put_and_drain()
+    assert alive() == []

@@ -165,6 +165,11 @@ def test_a_spreadsheets_tsv_loses_its_quotes(tmp_path):
         ("a.csv", b"", "is empty"),
         ("a.jsonl", b"", "is empty"),
         ("a.jsonl", b'{"a": 1}\n\n{"a": \n', "line 3 is not JSON: Expecting value"),
+        (
+            "a.jsonl",
+            b'{"a": 1}\n{"a": ' + b"[" * 200_000 + b"]" * 200_000 + b"}\n",
+            "line 2 is JSON that is nested too deeply to be read",
+        ),
         ("a.jsonl", b'{"a": 1}\n[1]\n', "line 2 is not a JSON object, but a list"),
         ("a.parquet", b"PAR1 no more", "cannot be read as Parquet"),
         ("a.xlsx", b"PK", "has a suffix that is not supported; supported are .csv, .tsv, .jsonl, .ndjson, .parquet"),

@@ -19,6 +19,8 @@ def write_cache(
     layers: tuple[int, ...] = (2,),
     label=None,
     fill=None,
+    times: float = 1.0,
+    label_range: tuple[float, float] = (0.0, 5.0),
 ) -> Path:
     """A cache of random hidden states whose target is a linear function of the mean of some dimensions."""
     identity = Identity(
@@ -38,7 +40,7 @@ def write_cache(
         compute_dtype="float32",
         transformers="5",
     )
-    writer = CacheWriter(folder, identity=identity, label_range=(0.0, 5.0), task=None, made_by={})
+    writer = CacheWriter(folder, identity=identity, label_range=label_range, task=None, made_by={})
     for number, (name, size) in enumerate((sizes or SIZES).items()):
         draw = np.random.default_rng(number)
         tokens = [draw.integers(1, 50, draw.integers(2, 12)).astype(np.int32) for _ in range(size)]
@@ -51,7 +53,7 @@ def write_cache(
         for shard in split.pending():
             with split.shard(shard) as out:
                 for position, row in enumerate(split.members(shard)):
-                    values = states[row] if fill is None else torch.full_like(states[row], fill)
+                    values = times * states[row] if fill is None else torch.full_like(states[row], fill)
                     out.write(position, values.bfloat16())
     return folder
 

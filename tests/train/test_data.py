@@ -113,7 +113,7 @@ def test_without_a_validation_split_the_same_rows_are_held_out_for_every_cell(tm
 
 def test_unlabelled_rows_and_missing_splits_are_refused(tmp_path, cache):
     unlabelled = open_cache(write_cache(tmp_path / "c", label=float("nan")))
-    with pytest.raises(DataError, match="96 of 96 rows of the split 'train' have no label"):
+    with pytest.raises(DataError, match="96 of 96 rows of the split 'train' of the cache .* have no label"):
         training_rows(unlabelled, TrainSettings())
     with pytest.raises(CacheError, match="has no split 'nope', only train, dev, test"):
         training_rows(open_cache(cache), TrainSettings(val_split="nope"))

@@ -1,6 +1,7 @@
 """Training under faults: nothing finished is lost, and no wrong number comes out in silence."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -108,7 +109,11 @@ def test_a_diverged_cell_is_named_kept_in_mind_and_tried_again_when_asked(diverg
     first = run_cli(*words)
     assert first.exit_code == 2
     assert "mlp-L0-seed0: diverged" in first.stderr
-    assert "error: the loss of mlp-L0-seed0, linear-L0-seed0 was no longer finite; try a lower --lr" in first.stderr
+    assert (
+        "error: mlp-L0-seed0, linear-L0-seed0 diverged: the loss was no longer finite by step 6. Against a loss that "
+        "is not finite, try a lower --lr. The other cells are there. To try a cell again with the same settings, "
+        f"delete its file {runs / 'CELL.diverged.json'}\n"
+    ) in first.stderr
     mark = runs / "mlp-L0-seed0.diverged.json"
     assert names(runs) == ["linear-L0-seed0.diverged.json", mark.name]
     assert json.loads(mark.read_text())["reason"] == "the loss was no longer finite by step 6"
@@ -146,6 +151,22 @@ def test_the_rest_of_the_grid_goes_on(cache, tmp_path, run_cli, monkeypatch):
     assert "relish, L = 1, seed 0, does not count: diverged in training: by step 1." in " ".join(shown.stdout.split())
 
 
+@pytest.mark.parametrize("size", [1e25, 1e37])
+def test_hidden_states_that_are_too_large_to_be_standardised_end_the_cell_with_the_reason(tmp_path, run_cli, size):
+    """Their squares overflow float32: divided by an infinite deviation they would vanish."""
+    cache = write_cache(tmp_path / "c", times=size)
+    runs = tmp_path / "runs"
+    result = run_cli("train", cache, "--out", runs, "--head", "relish,mlp", "--depths", 1, *FAST)
+    assert (result.exit_code, names(runs)) == (
+        2,
+        ["mlp-L0-seed0.diverged.json", "relish-L1-seed0.diverged.json"],
+    )
+    assert (
+        "error: relish-L1-seed0, mlp-L0-seed0 diverged: the hidden states are too large to be standardised in float32; "
+        "train on another layer, or with --no-standardise. "
+    ) in result.stderr
+
+
 # unusual rows
 
 
@@ -173,16 +194,28 @@ def test_rows_without_a_label_are_refused(tmp_path, split, rows):
         from relish.cache.jsonfile import sealed_text
 
         (cache / "manifest.json").write_text(sealed_text(mine))
-    with pytest.raises(DataError, match=f"{rows} of {rows} rows of the split '{split}' have no label; all need one"):
+    with pytest.raises(DataError) as caught:
         train_heads(cache, tmp_path / "r", TrainSettings(**SMALL))
+    assert str(caught.value) == (
+        f"{rows} of {rows} rows of the split '{split}' of the cache {cache} have no label, first row 0 (id "
+        f"'{split}-0'); all need one: fill them in, or leave those rows out, and extract into another folder"
+    )
     assert not (tmp_path / "r").exists()
 
 
-@pytest.mark.parametrize(("sizes", "left"), [({"train": 1}, 0), ({"train": 1, "dev": 4}, 1), ({"train": 2}, 1)])
+@pytest.mark.parametrize(
+    ("sizes", "left"),
+    [
+        ({"train": 1}, "0 training rows of the cache {} are left after 1 of 1 was held out for validation"),
+        ({"train": 2}, "1 training rows of the cache {} are left after 1 of 2 was held out for validation"),
+        ({"train": 1, "dev": 4}, "1 training rows of the cache {}"),
+    ],
+)
 def test_too_few_rows_are_refused(tmp_path, sizes, left):
     cache = write_cache(tmp_path / "c", sizes=sizes)
-    with pytest.raises(DataError, match=f"training rows: {left}; at least 2 are needed"):
+    with pytest.raises(DataError) as caught:
         train_heads(cache, tmp_path / "r", TrainSettings(**SMALL))
+    assert str(caught.value) == f"{left.format(cache)}; at least 2 are needed: extract more rows"
     assert not (tmp_path / "r").exists()
 
 
@@ -215,8 +248,8 @@ def test_a_full_disk_ends_with_one_sentence_and_keeps_what_is_finished(cache, tm
         assert len(before) == len(kept)
         assert last.startswith(f"error: {disk / 'runs'}/relish-L1-seed{len(kept)}/")
         assert last.endswith(
-            " cannot be written (No space left on device); finished cells are kept: free space or give permission, "
-            "whichever is missing, and run the same command again"
+            " cannot be written (No space left on device); finished cells are kept: free space, and run the "
+            "same command again"
         )
         for run in find_runs(disk / "runs"):
             load_head(run)
@@ -226,14 +259,22 @@ def test_a_full_disk_ends_with_one_sentence_and_keeps_what_is_finished(cache, tm
         assert len(names(disk / "runs")) == 5
 
 
+def test_a_file_system_without_room_for_a_folder_is_named_with_the_way_out(cache, tmp_path, run_cli):
+    with small_disk(tmp_path / "disk", "1m,nr_inodes=1") as disk:
+        result = run_cli("train", cache, "--out", disk / "runs", *FAST)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == (
+        f"error: {disk / 'runs'} cannot be written (No space left on device); free space, or choose another one\n"
+    )
+
+
 def test_a_read_only_folder_is_named_and_its_runs_can_still_be_read(cache, tmp_path, run_cli):
     words = ["train", cache, "--out", tmp_path / "r", "--depths", 1, *FAST]
     assert run_cli(*words).exit_code == 0
     with read_only(tmp_path / "r"):
         result = run_cli(*words, "--seeds", "0-1")
         assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
-        assert f"{tmp_path / 'r'}" in result.stderr
-        assert "Read-only file system" in result.stderr
+        assert result.stderr.startswith(f"error: {tmp_path / 'r'} cannot be written (Read-only file system); make the")
         assert run_cli(*words).exit_code == 0
         assert run_cli("evaluate", tmp_path / "r").exit_code == 0
 
@@ -297,3 +338,23 @@ def test_an_interrupted_training_keeps_its_cells_and_says_how_to_go_on(cache, tm
     assert "relish-L1-seed0" in names(tmp_path / "r")
     assert not [name for name in names(tmp_path / "r") if name.startswith(".")]
     assert "relish-L1-seed0: there already" in run_cli(*words).stderr
+
+
+def test_a_relative_folder_after_a_change_of_folder(cache, tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+
+    class Wanderer:
+        def plan(self, *_): ...
+        def start(self, *_): ...
+        def step(self, *_): ...
+        def end(self, *_): ...
+
+        def epoch(self, *_):
+            os.chdir(tmp_path / "b")
+
+    done = train_heads(cache, "runs", TrainSettings(depths=(1,), seeds=(0, 1), **SMALL), listener=Wanderer())
+    assert done.folder == tmp_path / "a" / "runs"
+    assert names(tmp_path / "a" / "runs") == ["relish-L1-seed0", "relish-L1-seed1"]
+    assert names(tmp_path / "b") == []

@@ -15,9 +15,8 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and 
 
 def test_a_training_killed_at_any_step_or_moment_goes_on_and_loses_one_cell_at_most(tmp_path):
     cache = write_cache(tmp_path / "c", sizes={"train": 20, "dev": 8})
-    killed, hits, states = run_script("train", cache, tmp_path, 10)
+    killed, states = run_script("train", cache, tmp_path, 20)
     assert killed > 12  # each cell: a folder, four files, a rename
-    assert hits > 2
     assert states == "[0, 1, 2]"
 
 

@@ -1,7 +1,10 @@
 import hashlib
 import io
 import json
+import os
 import pickle
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +44,34 @@ def test_folders_that_hold_no_run_are_refused(run, tmp_path):
         load_run(run.parent)
     with pytest.raises(RunError, match="there is no trained head in .*nowhere; make some with: relish train"):
         find_runs(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("left", ["model.safetensors", None])
+def test_a_cell_without_its_settings_is_named_with_the_way_out(run, tmp_path, run_cli, left):
+    for path in run.iterdir():
+        if path.name != left:
+            path.unlink()
+    sentence = f"the run {run} has no config.json; restore it from a copy, or delete {run} and train again"
+    for call in (lambda: load_run(run), lambda: find_runs(run.parent)):
+        with pytest.raises(RunError) as caught:
+            call()
+        assert str(caught.value) == sentence
+    assert run_cli("evaluate", run.parent).stderr == f"error: {sentence}\n"
+    with pytest.raises(RunError) as caught:
+        load_run(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path} is no run folder: it has no config.json; name one that relish train made, such as "
+        "runs/relish-L3-seed0"
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere paths are Unicode")
+def test_a_cache_whose_path_is_no_unicode_can_be_trained_on(cache, tmp_path, run_cli):
+    moved = shutil.copytree(cache, tmp_path / os.fsdecode(b"caf\xe9"))
+    runs = tmp_path / os.fsdecode(b"runs-\xe9")
+    train_heads(moved, runs, TrainSettings(heads=("ridge",), device="cpu"))
+    assert load_run(runs / "ridge-L0-seed0").cache == moved
+    assert run_cli("evaluate", runs, "--json").exit_code == 0
 
 
 class Evil:
@@ -137,7 +168,9 @@ def test_pickle_is_never_loaded(run, tmp_path):
 def test_configs_that_are_damaged_or_of_another_version_are_refused(run):
     path = run / "config.json"
     whole = path.read_text()
-    path.write_text(json.dumps({**json.loads(whole), "version": 9}))
+    value = json.loads(whole)
+    del value["sha256"]
+    path.write_text(sealed_text({**value, "version": 9}), encoding="utf-8")
     with pytest.raises(RunError, match="has format version 9, and this relish reads version 1"):
         load_run(run)
     path.write_text(whole.replace("5.0", "9.0"))

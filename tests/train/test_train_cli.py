@@ -75,7 +75,7 @@ def test_diverged_cells_are_named_and_the_code_is_2(tmp_path):
     cache = write_cache(tmp_path / "c", fill=3e38)
     result = relish("train", cache, "--out", tmp_path / "runs", "--head", "mlp", "--no-standardise", *FAST)
     assert result.exit_code == 2
-    assert "error: the loss of mlp-L0-seed0 was no longer finite; try a lower --lr" in result.stderr
+    assert "error: mlp-L0-seed0 diverged: the loss was no longer finite by step 6. " in result.stderr
 
 
 def test_as_a_real_process(cache, tmp_path):

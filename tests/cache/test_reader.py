@@ -166,7 +166,7 @@ def test_another_format_version(own):
     change_manifest(own, lambda value: value.update(version=2))
     assert message(lambda: open_cache(own)) == (
         f"the relish cache {own} has format version 2, and this relish reads version 1; "
-        "install the relish that wrote it, or extract again"
+        "install the relish that wrote it, or extract into another folder"
     )
 
 
@@ -209,7 +209,9 @@ def test_a_manifest_with_a_part_missing_or_wrong(own, change):
 
 def test_a_split_name_that_leaves_the_folder(own):
     change_manifest(own, lambda value: value["splits"].update({"../x": value["splits"].pop("train")}))
-    assert "a split's name may hold letters" in message(lambda: open_cache(own))
+    assert message(lambda: open_cache(own)) == (
+        f"{own / 'manifest.json'} is damaged (ValueError(\"the split name '../x'\")); run: relish cache repair {own}"
+    )
 
 
 # Damage

@@ -6,7 +6,7 @@
 Whole processes, in turn, from their start to their end; a first round that is not counted brings all files into memory.
 The training is `relish train CACHE --out NEW` by its own entry point, which is made to end with its first step: what is
 measured is everything from the command to the moment that step is done. It notes on the way when all is imported, when
-the cache is open, and when the cell begins, whose start is a pass over all rows for their statistics.
+the cache is open, and when the cell begins, once the statistics of a sample of the rows are there.
 """
 
 import re

@@ -12,7 +12,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 def run(name: str, out: Path) -> tuple[dict, str]:
     command = [sys.executable, BENCHMARKS / name, "--small", "--out", out]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(out.read_text(encoding="utf-8")), done.stdout
 
@@ -36,3 +36,60 @@ def test_scaling(tmp_path):
     assert all(second > 0 for one in result["series"] for second in one["seconds"])
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
     assert shown.count("\n") == 7
+
+
+def test_extract(tmp_path):
+    result, shown = run("extract.py", tmp_path / "extract.json")
+    assert {"relish", "relish, layer 1", "floor", "padded to 256", "padded to the longest", "pipeline"} <= set(
+        result["rivals"]
+    )
+    for one in result["rivals"].values():
+        assert one["tokens_per_s"] > 0
+    assert set(result["peak_mb_by_rows"]) == {"16", "64"}
+    assert "the forward passes waited" in shown
+
+
+def test_end_to_end(tmp_path):
+    result, shown = run("end_to_end.py", tmp_path / "end_to_end.json")
+    cost = result["seconds_a_row"]
+    assert min(cost.values()) > 0
+    assert result["break_even_cells"]["5"] == pytest.approx((cost["x"] + cost["m"]) / (5 * cost["f"]))
+    fifteen = result["stsb"]["grids"][-1]
+    assert fifteen["recompute_s"] == pytest.approx(5749 * 15 * 5 * (cost["f"] + cost["t"]))
+    assert "the cache pays from" in shown
+
+
+def test_startup(tmp_path):
+    result, _ = run("startup.py", tmp_path / "startup.json")
+    stages = result["first_step_stages_s"]
+    assert list(stages) == ["imported", "opened", "begun", "step"]
+    assert list(stages.values()) == sorted(stages.values())
+    assert result["commands"]["relish train, first step"]["median_s"] == pytest.approx(stages["step"])
+
+
+def test_train_step(tmp_path):
+    result, shown = run("train_step.py", tmp_path / "train_step.json")
+    assert [one["depth"] for one in result["results"]] == [1, 2]
+    assert all(one["ratio"] > 0 and one["ours_over_floor"] > 0 for one in result["results"])
+    assert "plain ÷ ours" in shown
+
+
+@pytest.mark.parametrize("name", ["read.py", "cache_size.py"])
+def test_caches(tmp_path, name):
+    result, shown = run(name, tmp_path / "out.json")
+    assert result["machine"]["commit"] is not None
+    assert "| relish" in shown
+
+
+def test_a_load_run(tmp_path):
+    command = [BENCHMARKS / "load_faults.py", "--rows", "300", "--kills", "3", "--epochs", "2", "--shard-rows", "40"]
+    done = subprocess.run(
+        [sys.executable, *command, "--out", tmp_path / "out.json"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert (result["rows"], result["kills"], result["caches_that_differ"]) == (300, 3, 0)

@@ -81,6 +81,7 @@ def test_fields_of_another_version_are_refused_by_name(make, change):
     else:
         del value["prompt"]
     with pytest.raises(
-        CacheError, match=rf"identity has other fields than this version of relish knows: \['{next(iter(change))}'\]"
+        CacheError,
+        match=rf"identity has other fields than this version of relish knows, \['{next(iter(change))}'\]; install",
     ):
         Identity.from_json(value)

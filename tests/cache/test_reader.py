@@ -95,27 +95,6 @@ def test_padding_on_disk_is_not_read(make, cache, monkeypatch):
     split.close()
 
 
-def test_rows_not_read_before_are_asked_for_all_at_once(make, cache, monkeypatch):
-    asked = []
-    monkeypatch.setattr(reader, "read_soon", lambda fd, offset, size: asked.append((offset, size)))
-    split = open_cache(cache).split("train", layer=3)
-    assert len(asked) == 4  # the index of each shard
-    asked.clear()
-    split.read([1, 3])
-    record = record_of(cache, 1)  # 30 30 30 29; the rows 1 3 6 9
-    row_bytes = 2 * record.T * make.WIDTH * 2
-    assert asked == [(record.offset, row_bytes), (record.offset + 3 * row_bytes, row_bytes)]
-    asked.clear()
-    split.read([1, 3])
-    assert asked == []
-    split.close()
-
-
-def test_no_rows_are_an_empty_batch(make, cache):
-    hidden, mask = open_cache(cache).split("train", layer=1).read([])
-    assert (hidden.shape, mask.shape) == ((0, 0, make.WIDTH), (0, 0))
-
-
 def test_few_files_are_open_at_once(make, tmp_path, monkeypatch):
     monkeypatch.setattr(reader, "_OPEN_FILES", 2)
     rows = make.rows()
@@ -230,7 +209,9 @@ def test_a_manifest_with_a_part_missing_or_wrong(own, change):
 
 def test_a_split_name_that_leaves_the_folder(own):
     change_manifest(own, lambda value: value["splits"].update({"../x": value["splits"].pop("train")}))
-    assert "the split name '../x'" in message(lambda: open_cache(own))
+    assert message(lambda: open_cache(own)) == (
+        f"{own / 'manifest.json'} is damaged (ValueError(\"the split name '../x'\")); run: relish cache repair {own}"
+    )
 
 
 # Damage
@@ -299,42 +280,6 @@ def test_a_deleted_shard_is_named(own):
     assert message(lambda: split.read([2])) == (
         f"the shard {own / record.file} cannot be opened (No such file or directory); {way_out(own)}"
     )
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "why"),
-    [
-        ("target", {"dtype": "<i8"}, "target is of the type int64"),
-        ("row", {"dtype": ">i8"}, "row is of the type >i8"),
-        ("checksum", {"chunks": (2,)}, "its shape is not that of the manifest"),
-        ("mask", {"shape": (60, 4)}, "its shape is not that of the manifest"),
-        ("id", {"data": [b"\xff", b"\xff", b"1", b"2"]}, "'utf-8' codec can't decode byte 0xff in position 0: .*"),
-    ],
-)
-def test_a_shard_of_another_make_is_refused_and_not_misread(own, name, change, why):
-    """Under a manifest that agrees with it."""
-    import hashlib
-    import re
-
-    import h5py
-
-    record = record_of(own)
-    path = own / record.file
-    with h5py.File(path) as old, h5py.File(own / "new", "w", libver="v108") as file:
-        for other in old:
-            if other != name:
-                old.copy(other, file)
-        values = change.pop("data", old[name][()])
-        file.create_dataset(name, data=np.reshape(values, change.pop("shape", np.shape(values))), **change)
-        place = file["hidden"].id.get_offset()
-    data = (own / "new").read_bytes()
-    (own / "new").rename(path)
-    outside = data[:place] + data[place + record.rows * record.T * 6 * 2 :]
-    digest = hashlib.sha256(outside).hexdigest()
-    fits = {"offset": place, "bytes": len(data), "sha256": digest}
-    change_manifest(own, lambda value: value["splits"]["train"]["shards"][0].update(fits))
-    found = message(lambda: open_cache(own).split("train"))
-    assert re.fullmatch(f"{path} is not a shard this relish can read \\({why}\\); {way_out(own)}", found), found
 
 
 def test_a_file_that_is_no_hdf5_but_has_the_right_hash_is_named(own):

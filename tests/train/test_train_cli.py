@@ -6,6 +6,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+from relish.cache.jsonfile import sealed_text
 from relish.cli import app
 
 from .conftest import write_cache
@@ -58,7 +59,8 @@ def test_a_cache_of_another_version_and_one_without_a_training_split(cache, tmp_
     result = relish("train", other, "--out", tmp_path / "runs", *FAST)
     assert (result.exit_code, "has no split 'train', only test" in result.stderr) == (2, True)
     manifest = json.loads((other / "manifest.json").read_text())
-    (other / "manifest.json").write_text(json.dumps({**manifest, "version": 2}))
+    del manifest["sha256"]
+    (other / "manifest.json").write_text(sealed_text({**manifest, "version": 2}), encoding="utf-8")
     result = relish("train", other, "--out", tmp_path / "runs", *FAST)
     assert result.exit_code == 2
     assert "has format version 2, and this relish reads version 1; install the relish that wrote it" in result.stderr

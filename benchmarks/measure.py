@@ -75,7 +75,8 @@ def race(rivals: Sequence[Rival], *, rounds: int = 5, warm_up: int = 1) -> dict[
         process.start()
         theirs.close()
         workers.append((rival.name, ours, process))
-        _answer(rival.name, ours)  # set up before the next one begins
+    for name, pipe, _ in workers:
+        _answer(name, pipe)  # all are set up before the first is timed
     for number in range(warm_up + rounds):
         for name, pipe, _ in workers:
             pipe.send("go")

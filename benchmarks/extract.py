@@ -9,7 +9,8 @@ counts is real tokens per second of wall time.
 
 - relish: `relish.extract_cache` from the rows to the committed cache, but for the loading of the model.
 - floor: the forward passes alone, nothing kept; of several batch shapes the best. It is given what relish has to work
-  for: tokens at hand, no mask (right padding is behind all that a causal LM looks at), nothing written.
+  for: tokens at hand, no mask (right padding is behind all that a causal LM looks at), nothing written; and relish's
+  setting of malloc.
 - padded to 256: as in the authors' module, `padding="max_length"` and `output_hidden_states=True`, batches of 32 in the
   order of the file; without an LM head.
 - padded to the longest: the same, `padding="longest"`.

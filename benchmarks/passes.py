@@ -120,6 +120,9 @@ def _bare(model: Path, rows: list[Row]) -> tuple[Callable[[list[np.ndarray]], No
     import torch
     from transformers import AutoModel, AutoTokenizer
 
+    from relish.extract.heap import keep_freed_memory
+
+    keep_freed_memory()
     backbone, tokenizer = AutoModel.from_pretrained(model).eval(), AutoTokenizer.from_pretrained(model)
     tokens = [np.array(tokens) for tokens in tokenizer(texts(rows))["input_ids"]]
 

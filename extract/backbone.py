@@ -10,6 +10,7 @@ import numpy as np
 from ..cache.device import pick_device
 from ..cache.errors import BackboneError, SettingsError, require_extra
 from .files import BackboneFiles
+from .heap import keep_freed_memory
 
 _TOKENIZE_ROWS = 1000
 _POSITIONS_AFTER_PADDING = {"roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet"}
@@ -148,6 +149,8 @@ class Backbone:
 
         if self._model is not None:
             return
+        if self.device.type == "cpu":
+            keep_freed_memory()
         options = {"dtype": self.compute_dtype, "attn_implementation": "sdpa"}
         try:
             model = self._from_pretrained("AutoModel", **options)

@@ -48,7 +48,7 @@ class TrainSettings:
     patience: int = 3
     """Epochs without a better validation NRMSE before a cell stops; the best epoch's weights are kept."""
     standardise: bool = True
-    """Scale each dimension of the hidden states to mean 0 and deviation 1 over the training split's tokens."""
+    """Scale each dimension of the hidden states to mean 0 and deviation 1 over a sample of the training tokens."""
 
     latent_size: int = 256
     """Width of the latent state."""

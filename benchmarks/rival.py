@@ -2,7 +2,7 @@
 
 `nn.MultiheadAttention` with a key padding mask, every slot of the batch projected, no folding, torch's default AdamW
 (decay on the matrices only, as relish has it).
-Same parameters as `RelishHead`, same numbers to rounding (tests/train/test_head.py compares the two).
+Same parameters as `RelishHead`; benchmarks/grid.py compares what the two have learnt.
 """
 
 import math

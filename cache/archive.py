@@ -7,11 +7,10 @@ from pathlib import Path
 from .errors import CacheError
 from .fileio import write_text_durably, writing_cache
 from .jsonfile import read_versioned, sealed_text
-from .manifest import ARCHIVE, MANIFEST, PACKED_MANIFEST, Manifest, checked, load_manifest
+from .manifest import ARCHIVE, MANIFEST, MEND_ARCHIVE, PACKED_MANIFEST, Manifest, checked, load_manifest
 
 FORMAT = "relish archive"
 VERSION = 1
-MEND = "copy it again from where it was packed, or pack the cache into a new folder"
 """What to do about a damaged file of an archive, to end a message."""
 
 
@@ -80,7 +79,13 @@ def load_shards(folder: Path) -> dict[str, PackedShard]:
         raise CacheError(f"{folder} is a file, and a packed cache is a folder")
     try:
         value = read_versioned(
-            path, format=FORMAT, version=VERSION, again="pack the cache again", error=CacheError, sealed=True, mend=MEND
+            path,
+            format=FORMAT,
+            version=VERSION,
+            again="pack the cache again",
+            error=CacheError,
+            sealed=True,
+            mend=MEND_ARCHIVE,
         )
     except FileNotFoundError:
         what = (
@@ -92,7 +97,7 @@ def load_shards(folder: Path) -> dict[str, PackedShard]:
         if any(Path(shard.file).name != shard.file for shard in shards):
             raise ValueError("the names of the shards")
     except (KeyError, TypeError, ValueError) as error:
-        raise CacheError(f"{path} is damaged ({error!r}); {MEND}") from None
+        raise CacheError(f"{path} is damaged ({error!r}); {MEND_ARCHIVE}") from None
     return {shard.file: shard for shard in shards}
 
 
@@ -104,7 +109,7 @@ def load_archive(folder: Path) -> Archive:
     """
     shards = load_shards(folder)
     if not (folder / PACKED_MANIFEST).is_file():
-        raise CacheError(f"the packed cache {folder} has lost its {PACKED_MANIFEST}; {MEND}")
+        raise CacheError(f"the packed cache {folder} has lost its {PACKED_MANIFEST}; {MEND_ARCHIVE}")
     return Archive(load_manifest(folder, PACKED_MANIFEST), shards)
 
 
@@ -126,8 +131,8 @@ def check_packed(path: Path, packed: PackedShard) -> None:
     try:
         size = path.stat().st_size
         if size != packed.bytes:
-            raise CacheError(f"the packed shard {path} has {size} bytes, {packed.bytes} were written; {MEND}")
+            raise CacheError(f"the packed shard {path} has {size} bytes, {packed.bytes} were written; {MEND_ARCHIVE}")
         if file_hash(path) != packed.sha256:
-            raise CacheError(f"the packed shard {path} is damaged (its hash differs); {MEND}")
+            raise CacheError(f"the packed shard {path} is damaged (its hash differs); {MEND_ARCHIVE}")
     except OSError as error:
-        raise CacheError(f"the packed shard {path} cannot be read ({error.strerror}); {MEND}") from None
+        raise CacheError(f"the packed shard {path} cannot be read ({error.strerror}); {MEND_ARCHIVE}") from None

@@ -20,10 +20,11 @@ ARCHIVE = "archive.json"
 """Lists the shards of a packed cache."""
 PACKED_MANIFEST = "manifest.packed.json"
 """manifest.json in a packed cache. By another name, so that no reader takes the archive for a cache."""
+MEND_ARCHIVE = "copy it again from where it was packed, or pack the cache into a new folder"
 _MEND = {
     MANIFEST: "run: relish cache repair {folder}",
     COPY: "restore it from a copy, or extract into another folder",
-    PACKED_MANIFEST: "copy it again from where it was packed, or pack the cache into a new folder",
+    PACKED_MANIFEST: MEND_ARCHIVE,
 }
 
 _SPLIT_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"

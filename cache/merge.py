@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,7 +70,8 @@ def merge_caches(out: Path, caches: list[Path], progress: Callable[[int, int], N
         replace(first, splits={name: split for name, (_, split) in chosen.items()}).save(out, kept)
     except BaseException:
         for path in made:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # the first error is the one to tell
+                path.unlink(missing_ok=True)
         raise
 
 

@@ -11,11 +11,14 @@ from .errors import CacheError
 from .fileio import allocate, replace_durably, temporary_name, write_at, write_text_durably, writing_cache
 from .identity import Identity
 from .lock import lock_folder
-from .manifest import COPY, MANIFEST, PACKED_MANIFEST, ShardRecord
+from .manifest import COPY, MANIFEST, PACKED_MANIFEST, ShardRecord, refuse_unlisted_shards
 from .packed import restore, zstd_filter
 from .shard import HiddenLayout
 from .verify import verify_shard
 from .writer import may_be_ours
+
+_BEGUN = ".unpacking"
+"""There while shards without a manifest are those of an interrupted call, and may be replaced."""
 
 
 def unpack_cache(archive: Path, out: Path, progress: Callable[[int, int], None] | None = None) -> list[str]:
@@ -55,6 +58,12 @@ def unpack_cache(archive: Path, out: Path, progress: Callable[[int, int], None] 
             progress(count, total)
 
     with lock_folder(out, CacheError):
+        begun = out / _BEGUN
+        if not begun.exists():
+            if not (out / MANIFEST).exists() and not (out / COPY).exists():
+                refuse_unlisted_shards(out)
+            with writing_cache(begun):
+                begun.touch()
         for record in records:
             if not _whole(out, record, identity):
                 _unpack_shard(archive, out, record, opened.shards[record.file], identity, advance)
@@ -63,6 +72,7 @@ def unpack_cache(archive: Path, out: Path, progress: Callable[[int, int], None] 
         for name in (COPY, MANIFEST):
             with writing_cache(out / name):
                 write_text_durably(out / name, text)
+        begun.unlink(missing_ok=True)
     return list(opened.manifest.splits)
 
 

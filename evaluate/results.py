@@ -89,6 +89,8 @@ def check_cache(runs: Sequence[Run], cache: FeatureCache) -> None:
         CacheError: if the label range or anything else of the identity differs.
     """
     for run in runs:
+        if run.layer != runs[0].layer or run.label_range != runs[0].label_range:
+            raise RunError(f"{run.path} was trained on another layer or label range than {runs[0].path}; part them")
         if run.head.hidden_size != cache.hidden_size:
             raise RunError(
                 f"the head {run.path.name} reads hidden states of size {run.head.hidden_size}, and those of the cache "
@@ -100,8 +102,6 @@ def check_cache(runs: Sequence[Run], cache: FeatureCache) -> None:
                 f"cache {cache.folder} go from {_range(cache.label_range)}; give the cache it was trained on with "
                 "--cache"
             )
-        if run.layer != runs[0].layer or run.label_range != runs[0].label_range:
-            raise RunError(f"{run.path} was trained on another layer or label range than {runs[0].path}; part them")
         refuse_differences(
             run.identity,
             cache.identity,

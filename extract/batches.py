@@ -70,7 +70,8 @@ def run_in_batches(
             released = False
         else:
             # After the except block, whose traceback keeps the failed pass's tensors alive.
-            budget.slots = max(1, rows // 2) * lengths[begin]
+            if rows > 1:
+                budget.slots = rows // 2 * lengths[begin]
             release()
             _free_cached_memory()
             released = True

@@ -5,6 +5,7 @@ Copying, checking, hashing, writing and the commit of each shard happen while th
 
 import queue
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -72,8 +73,13 @@ class ShardSink:
         self._queue.put((shard, rows, [states, stored]))
 
     def drain(self) -> None:
-        """Wait until nothing that was handed over is held any more."""
+        """Wait until nothing that was handed over is held any more.
+
+        Raises:
+            DataError, CacheError: as `put` does.
+        """
         self._queue.join()
+        self._raise_error()
 
     def __enter__(self) -> "ShardSink":
         self._thread.start()
@@ -93,6 +99,7 @@ class ShardSink:
             for batch in batches:
                 self._write_shard(batch, batches)
         except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # they hold the batch
             self._error = error
         for _ in batches:
             pass  # so that neither `put` nor `drain` blocks
@@ -107,21 +114,25 @@ class ShardSink:
         shard, rows, tensors = batch
         with shard.open() as writer:
             self._write(writer, shard, rows, *tensors)
+            tensors.clear()  # a commit takes its time, and the device is needed
             while rows.stop < len(shard.lengths):
                 following = next(batches, None)
                 if following is None:
                     raise _Unfinished
                 _, rows, tensors = following
                 self._write(writer, shard, rows, *tensors)
+                tensors.clear()
 
     def _write(
         self, writer: ShardWriter, shard: SinkShard, rows: range, states: "torch.Tensor", stored: "torch.Tensor"
     ) -> None:
+        import torch
+
         stored = stored.cpu()
         for number, row in enumerate(rows):
             values = stored[number, :, : shard.lengths[row]]
             # A sum is finite only if all its terms are, and is one pass where isfinite().all() is two.
-            if not values.sum(dtype=values.new_empty(0).float().dtype).isfinite() and not values.isfinite().all():
+            if not values.sum(dtype=torch.float32).isfinite() and not values.isfinite().all():
                 why, instead = _why(states[number, :, : shard.lengths[row]].cpu(), writer.layout.dtype)
                 if not self._skip:
                     raise DataError(

@@ -54,7 +54,7 @@ def train(
         int | None, typer.Option(help="Processes that train cells at once; default one per CPU core, 1 on a GPU.")
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(help="CPU threads of each process; default the cores divided by the processes.")
+        int | None, typer.Option(help="CPU threads of each process; by default the processes share out torch's.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the validation figures as JSON.")] = False,
 ) -> None:

@@ -18,7 +18,8 @@ class RelishHead(nn.Module):
         r  = LayerNorm(r + CrossAttention_l(r, c, c));  r = LayerNorm(r + FFN_l(r))      for l = 1..L
         ŷ  = w · r^L + b
 
-    Padding is masked: a prediction does not depend on batch mates or on T.
+    Padding is masked: a prediction does not depend on batch mates or on T, beyond the last digits of sums. A row of
+    nothing but padding gives NaN.
     """
 
     def __init__(

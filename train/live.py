@@ -118,12 +118,12 @@ class LiveTable:
         total, done = sum(self._steps.values()), sum(self._done.values())
         if not done or not total:
             return ""
-        now = time.monotonic()
-        pace = (self._busy + sum(now - began for began in self._began.values())) / done
+        now, began_at = time.monotonic(), dict(self._began)  # another thread adds to it
+        pace = (self._busy + sum(now - began for began in began_at.values())) / done
         # Cells go to whichever process is free next. Near the end some have nothing to do, so the rate of all is no
         # measure of what is left.
         left = {cell: (steps - self._done.get(cell, 0)) * pace for cell, steps in self._steps.items()}
-        free = sorted(left.pop(cell) for cell in self._began)
+        free = sorted(left.pop(cell) for cell in began_at)
         free = [0.0] * (self._at_once - len(free)) + free
         for seconds in left.values():
             heapq.heapreplace(free, free[0] + seconds)

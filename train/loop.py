@@ -113,7 +113,7 @@ def train_head(
 def take_step(
     head: Head, optimizer: torch.optim.Optimizer, loss_of: nn.Module, batch: TrainBatch, *, lr: float
 ) -> Tensor:
-    """One step on one batch; gives its loss, on the device of the head."""
+    """One step on one batch; gives its loss, a scalar () on the device of the head, which nobody waits for."""
     scale = head.target_scale
     device = scale.mean.device
     prediction = head(batch.hidden.to(device), batch.mask.to(device))

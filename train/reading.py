@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 _CHUNK = 256  # tokens converted and projected together: they stay in the processor's cache
+_THIN = 3.0  # measured: a product of H rows, and its operand's conversion, per multiply-add of a square one
 
 
 class Read(NamedTuple):
@@ -72,9 +73,6 @@ def reader_for(
     tokens, queries, once = (4, 6, 2) if training else (2, 2, 1)
     direct = depth * heads * D * (_THIN * tokens * N + queries * B * d)
     return (Direct if direct < once * N * D * d else Projected)(hidden, mask, weight, bias)
-
-
-_THIN = 3.0  # measured: a product of H rows, and its operand's conversion, per multiply-add of a square one
 
 
 class Projected:

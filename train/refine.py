@@ -92,9 +92,9 @@ def refine(
         (B, d).
     """
     flat = [tensor for step in steps for tensor in step]
-    return _Refine.apply(
-        hidden, mask, mean, scale, heads, dropout, torch.is_grad_enabled(), weight, bias, latent, *flat
-    )
+    training = torch.is_grad_enabled()
+    with _in_own_type(hidden):
+        return _Refine.apply(hidden, mask, mean, scale, heads, dropout, training, weight, bias, latent, *flat)
 
 
 class _Refine(torch.autograd.Function):
@@ -114,7 +114,7 @@ class _Refine(torch.autograd.Function):
         *flat: Tensor,
     ) -> Tensor:
         steps = _grouped(flat)
-        # The bias is a difference of large numbers: true float32, not TF32 or half.
+        # Standardising folds into W_p. The shift is a difference of large numbers: no type below float32 will do.
         folded = weight / scale
         shift = bias - folded @ mean
         reader = reader_for(hidden, mask, folded, shift, heads=heads, depth=len(steps), training=training)
@@ -126,7 +126,8 @@ class _Refine(torch.autograd.Function):
                 kept.append(one)
         if training:
             ctx.reader, ctx.kept, ctx.heads = reader, kept, heads
-            ctx.save_for_backward(mean, scale, *flat)
+            # The reader reads hidden and weight, the first step latent: saved, a change of them in between is noticed.
+            ctx.save_for_backward(hidden, weight, latent, mean, scale, *flat)
         return state
 
     @staticmethod
@@ -134,15 +135,21 @@ class _Refine(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, gradient: Tensor
     ) -> "tuple[Tensor | None, ...]":
-        mean, scale, *flat = ctx.saved_tensors
+        _, _, _, mean, scale, *flat = ctx.saved_tensors
         steps, found = _grouped(flat), []
-        for step, kept in zip(reversed(steps), reversed(ctx.kept), strict=True):
-            gradient, weights = _backward(gradient, kept, ctx.reader, step, ctx.heads)
-            found.append(weights)
-        weight, bias, hidden = ctx.reader.gradients()
-        weight = weight.addr_(bias, mean, alpha=-1).div_(scale)
+        with _in_own_type(gradient):
+            for step, kept in zip(reversed(steps), reversed(ctx.kept), strict=True):
+                gradient, weights = _backward(gradient, kept, ctx.reader, step, ctx.heads)
+                found.append(weights)
+            weight, bias, hidden = ctx.reader.gradients()
+            weight = weight.addr_(bias, mean, alpha=-1).div_(scale)
         per_step = [tensor for weights in reversed(found) for tensor in weights]
         return hidden, None, None, None, None, None, None, weight, bias, gradient.sum(dim=0), *per_step
+
+
+def _in_own_type(like: Tensor) -> torch.autocast:
+    """Keep a surrounding autocast out: a head is too small to gain from it, and its sums would lose digits."""
+    return torch.autocast(like.device.type, enabled=False)
 
 
 def _grouped(flat: "tuple[Tensor, ...] | list[Tensor]") -> list[StepWeights]:

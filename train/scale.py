@@ -30,14 +30,6 @@ class InputScale(nn.Module):
         self.mean.zero_()
         self.scale.fill_(1.0)
 
-    def fold(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight (d, D) and bias (d,) that give on raw inputs what the given ones give on standardised inputs.
-
-        The bias is a difference of large numbers: compute it in true float32, not in TF32 or under autocast.
-        """
-        folded = weight / self.scale
-        return folded, bias - folded @ self.mean
-
 
 class TargetScale(nn.Module):
     """From standardised predictions to the unit of the labels: mean + std · z."""

@@ -113,7 +113,7 @@ class _Worker:
         self._said = said
 
     def __enter__(self) -> "_Worker":
-        path = [str(entry) for entry in sys.path]
+        path = [str(Path(entry).absolute()) for entry in sys.path]  # '' is this folder, also after a chdir
         code = f"import sys; sys.path[:] = {path!r}; from {__package__}.worker import main; main()"
         with _deaf_to_signals():
             self._process = subprocess.Popen(
@@ -181,9 +181,9 @@ def _deaf_to_signals() -> Iterator[None]:
 
 
 def _setup(training: Training, cells: Sequence[CellName], threads: int) -> Setup:
-    for head in {cell.head: cell for cell in cells if cell.head not in CLOSED_FORM}.values():
+    for cell in {cell.head: cell for cell in cells if cell.head not in CLOSED_FORM}.values():
         with torch.device("meta"):  # draws nothing and takes no memory: it is only asked what it reads
-            model = build_head(training.spec(head))
+            model = build_head(training.spec(cell))
         training.moments_for(model)
     return Setup(
         cache=training.config["cache"],

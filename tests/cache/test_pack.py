@@ -182,9 +182,10 @@ def test_a_damaged_shard_stops_there_and_those_before_it_are_kept(make, cache, o
         f"the packed shard {path} is damaged (its hash differs); copy it again from where it was packed, or pack the "
         "cache into a new folder"
     )
-    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "back").iterdir() if path.name != ".lock"}
+    there = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "back").iterdir()}
+    kept = {name: moment for name, moment in there.items() if name.startswith("train-")}
     assert "train-00003.h5" in kept
-    assert not {"test-00001.h5", ".test-00001.h5.tmp", "manifest.json"} & set(kept)
+    assert not {"test-00001.h5", ".test-00001.h5.tmp", "manifest.json"} & set(there)
     path.write_bytes(data)
     unpack_cache(own, tmp_path / "back")
     assert cache_files(make, tmp_path / "back") == cache_files(make, cache)
@@ -488,6 +489,23 @@ def test_where_not_to_unpack_to(make, archive, tmp_path):
     (tmp_path / "file").touch()
     assert message(unpack_cache, archive, tmp_path / "file") == (
         f"{tmp_path / 'file'} is a file; a cache is a folder. Choose another name"
+    )
+
+
+def test_shards_that_lost_their_manifest_are_not_unpacked_over(make, archive, tmp_path):
+    folder = make.write(tmp_path / "c", {"train": make.rows(), "test": make.rows(seed=1)}, layers=(1, 3), shard_rows=2)
+    for name in ("manifest.json", "manifest.copy.json"):
+        (folder / name).unlink()
+    before = cache_files(make, folder)
+    assert "no manifest.json that lists them" in message(unpack_cache, archive, folder)
+    assert cache_files(make, folder) == before
+
+
+def test_a_shard_that_is_gone_is_told_as_the_caches_not_the_archives(cache, tmp_path):
+    own = shutil.copytree(cache, tmp_path / "c")
+    (own / "train-00000.h5").unlink()
+    assert message(pack_cache, own, tmp_path / "archive").startswith(
+        f"the shard {own / 'train-00000.h5'} cannot be opened (No such file or directory); "
     )
 
 

@@ -134,6 +134,27 @@ def test_hidden_states_get_their_gradient_where_it_is_wanted():
     assert not ours.grad[~mask].any()
 
 
+def test_a_surrounding_autocast_changes_nothing(reader):
+    head, (hidden, mask) = a_head(dtype=torch.float32), a_batch(dtype=torch.float32)
+    expected = head(hidden, mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        state = head(hidden, mask)
+        inside = gradients(head, state)
+    assert state.dtype == torch.bfloat16  # of the regressor, torch's own module
+    for ours, plain in zip(inside, gradients(head, expected), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=2e-2, atol=2e-2 * plain.abs().max().item())
+
+
+def test_weights_changed_before_going_back_are_noticed(reader):
+    for name in ("latent", "input_projection.weight", "steps.0.norm1.weight"):
+        head, (hidden, mask) = a_head(), a_batch()
+        prediction = head(hidden, mask).sum()
+        with torch.no_grad():
+            head.get_parameter(name).add_(1.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            prediction.backward()
+
+
 def test_going_back_twice_gives_the_same_gradients(reader):
     head, (hidden, mask) = a_head(), a_batch()
     prediction = head(hidden, mask).sum()

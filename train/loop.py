@@ -15,6 +15,7 @@ from .heads import Head
 from .metrics import score
 from .settings import TrainSettings
 
+_LARGEST = 1e30  # mean or deviation of a hidden state: float32 ends at 3e38, and 1 / 1e38 is no longer exact
 _CHECK = 32  # steps between looks at the loss; on a GPU each look waits for the device
 
 
@@ -69,8 +70,8 @@ def train_head(
     Raises:
         Diverged: when the loss is NaN or infinite, or the inputs' scale is.
     """
-    # Divided by an infinite deviation, a dimension would vanish without a word.
-    if not all(values.isfinite().all() for values in head.input_scale.buffers()):
+    # Divided by a larger deviation, weights lose their digits or vanish, without a word.
+    if not all((values.abs() <= _LARGEST).all() for values in head.input_scale.buffers()):
         raise Diverged(
             "the hidden states are too large to be standardised in float32; train on another layer, or with "
             "--no-standardise"

@@ -12,10 +12,10 @@ import torch
 from relish.extract.heap import keep_freed_memory
 
 def faults():
-    # Blocks as a forward pass has them: several at a time, freed in another order.
+    # Several at a time, freed in another order, as in a forward pass; larger than what malloc learns to keep by itself.
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
-        blocks = [torch.ones(2**21) for _ in range(4)]
+    for _ in range(5):
+        blocks = [torch.ones(10 * 2**20) for _ in range(4)]
         del blocks[1], blocks
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 

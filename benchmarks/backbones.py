@@ -66,7 +66,9 @@ def _dequantise(folder: Path) -> None:
     del model.config.quantization_config
     model.hf_quantizer = None
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer.chat_template = None  # sentence-transformers would put every text through it
+    tokenizer.save_pretrained(folder)
     weights = folder / "model.safetensors"
     blob = folder / "blobs" / hashlib.sha256(weights.read_bytes()).hexdigest()
     blob.parent.mkdir()

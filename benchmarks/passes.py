@@ -12,7 +12,7 @@ from texts import Row, settings, texts
 
 MAX_LENGTH = 256
 WARM_UP = 4
-SHAPES: tuple[int | None, ...] = (None, 512, 1024, 2048, 4096, 8192)
+SHAPES: tuple[int | None, ...] = (None, 256, 512, 1024, 2048, 4096)
 """Token slots of a batch, padding included; None: only rows of one length together, which leaves no padding."""
 
 

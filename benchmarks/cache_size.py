@@ -64,7 +64,7 @@ def sample(cache: Path, folder: Path, most: int) -> tuple[int, int]:
 def random_cache(folder: Path) -> Path:
     """200 rows of a few tokens, half of them the same in all rows."""
     import torch
-    from random_cache import write_cache
+    from caches import cache_of
 
     draw = torch.Generator().manual_seed(0)
     start = torch.randn(1, 8, 64, generator=draw)
@@ -73,7 +73,7 @@ def random_cache(folder: Path) -> Path:
     def states(row: int) -> torch.Tensor:
         return torch.cat([start, torch.randn(1, lengths[row] - 8, 64, generator=draw)], dim=1).bfloat16()
 
-    return write_cache(folder, lengths, 64, states, shard_rows=64)
+    return cache_of(folder, lengths, 64, states, shard_rows=64)
 
 
 def folder_size(folder: Path) -> int:

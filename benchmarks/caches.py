@@ -1,6 +1,6 @@
-"""Caches for benchmarks: of random hidden states, or cut from a real one."""
+"""Caches for benchmarks, through relish's own writer: of random or given hidden states, or cut from a real one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,24 @@ def random_cache(folder: Path, *, hidden_size: int, lengths: dict[str, np.ndarra
     return folder
 
 
+def cache_of(
+    folder: Path, lengths: Sequence[int], width: int, states: Callable[[int], Tensor], *, shard_rows: int = 4096
+) -> Path:
+    """A cache of one split, train, with given hidden states and random labels.
+
+    Args:
+        folder: for the cache; a finished one is left as it is, an interrupted one goes on.
+        lengths: N tokens of each row.
+        width: D.
+        states: gives a row's bfloat16 hidden states (1, n, D).
+        shard_rows: most rows in a shard.
+    """
+    writer = CacheWriter(folder, identity=_identity(width), label_range=(0.0, 5.0), task=None, made_by={})
+    target = np.random.default_rng(0).uniform(0, 5, len(lengths))
+    _write_split(writer, "train", np.asarray(lengths), target, states, shard_rows)
+    return folder
+
+
 def cut_cache(cache: Path, folder: Path, *, layer: int | None, rows: int) -> Path:
     """The first so many rows of a cache's training split at one layer, and all of its validation split."""
     opened = open_cache(cache)
@@ -53,11 +71,17 @@ def cut_cache(cache: Path, folder: Path, *, layer: int | None, rows: int) -> Pat
 
 
 def _write_split(
-    writer: CacheWriter, name: str, lengths: np.ndarray, target: np.ndarray, states: Callable[[int], Tensor]
+    writer: CacheWriter,
+    name: str,
+    lengths: np.ndarray,
+    target: np.ndarray,
+    states: Callable[[int], Tensor],
+    shard_rows: int = 4096,
 ) -> None:
-    tokens = [np.ones(length, dtype=np.int32) for length in lengths]
+    draw = np.random.default_rng(0)  # as many different ids as a tokenizer gives: an archive compresses them
+    tokens = [draw.integers(0, 49152, length).astype(np.int32) for length in lengths]
     rows = SplitRows([str(row) for row in range(len(lengths))], target, tokens, 0, f"{name} {len(lengths)}")
-    split = writer.split(name, rows, shard_rows=4096)
+    split = writer.split(name, rows, shard_rows=shard_rows)
     for number in split.pending():
         with split.shard(number) as shard:
             for position, row in enumerate(split.members(number)):

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from random_cache import write_cache
+from caches import cache_of
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 Reader = Callable[[np.ndarray], Any]
@@ -69,6 +69,21 @@ def mask_of(lengths: np.ndarray) -> torch.Tensor:
     return torch.arange(int(lengths.max())) < torch.from_numpy(lengths)[:, None]
 
 
+def copying(all_rows: Rows, row_of: Callable[[int], np.ndarray]) -> Reader:
+    """A reader that copies the words of one row after the other into the batch."""
+
+    def read(rows: np.ndarray) -> Batch:
+        lengths = all_rows.lengths[rows]
+        hidden, words = empty(lengths, all_rows.width)
+        for row, length, values in zip(rows.tolist(), lengths.tolist(), words, strict=True):
+            end = length * all_rows.width
+            values[:end] = row_of(row)
+            values[end:] = 0
+        return hidden, mask_of(lengths)
+
+    return read
+
+
 class Form:
     """One form: where it lies, and the rows in it."""
 
@@ -78,18 +93,12 @@ class Form:
         self.folder = folder
         self.rows = rows
 
-    def write(self) -> None:
-        raise NotImplementedError
-
-    def open(self) -> Reader:
-        raise NotImplementedError
-
 
 class Relish(Form):
     name = "relish"
 
     def write(self) -> None:
-        write_cache(self.folder, self.rows.lengths.tolist(), self.rows.width, self.rows.states)
+        cache_of(self.folder, self.rows.lengths.tolist(), self.rows.width, self.rows.states)
 
     def open(self) -> Reader:
         from relish.cache.reader import open_cache
@@ -190,28 +199,7 @@ class Chunked(Form):
         return read
 
 
-class Copying(Form):
-    """A form that gives the words of one row, to be copied into the batch."""
-
-    def row(self) -> Callable[[int], np.ndarray]:
-        raise NotImplementedError
-
-    def open(self) -> Reader:
-        row_of = self.row()
-
-        def read(rows: np.ndarray) -> Batch:
-            lengths = self.rows.lengths[rows]
-            hidden, words = empty(lengths, self.rows.width)
-            for row, length, values in zip(rows.tolist(), lengths.tolist(), words, strict=True):
-                end = length * self.rows.width
-                values[:end] = row_of(row)
-                values[end:] = 0
-            return hidden, mask_of(lengths)
-
-        return read
-
-
-class Safetensors(Copying):
+class Safetensors(Form):
     name = "safetensors, a file a row"
 
     def write(self) -> None:
@@ -220,13 +208,16 @@ class Safetensors(Copying):
         for row in range(len(self.rows.lengths)):
             save_file({"hidden": self.rows.states(row)[0].contiguous()}, self.folder / f"{row}.safetensors")
 
-    def row(self) -> Callable[[int], np.ndarray]:
+    def open(self) -> Reader:
         from safetensors.torch import load_file
 
-        return lambda row: load_file(self.folder / f"{row}.safetensors")["hidden"].view(torch.uint16).numpy().ravel()
+        def row_of(row: int) -> np.ndarray:
+            return load_file(self.folder / f"{row}.safetensors")["hidden"].view(torch.uint16).numpy().ravel()
+
+        return copying(self.rows, row_of)
 
 
-class MemoryMap(Copying):
+class MemoryMap(Form):
     name = "np.memmap"
 
     def write(self) -> None:
@@ -234,14 +225,14 @@ class MemoryMap(Copying):
             for row in range(len(self.rows.lengths)):
                 file.write(self.rows.words(row).data)
 
-    def row(self) -> Callable[[int], np.ndarray]:
+    def open(self) -> Reader:
         words = np.memmap(self.folder / "rows.bin", "<u2", "r")
         begins = (self.rows.begins * self.rows.width).tolist()
         counts = (self.rows.lengths * self.rows.width).tolist()
-        return lambda row: words[begins[row] : begins[row] + counts[row]]
+        return copying(self.rows, lambda row: words[begins[row] : begins[row] + counts[row]])
 
 
-class Arrow(Copying):
+class Arrow(Form):
     name = "Arrow IPC, memory-mapped"
 
     def write(self) -> None:
@@ -254,7 +245,7 @@ class Arrow(Copying):
                 values = [self.rows.words(row).tobytes() for row in range(begin, end)]
                 writer.write(pa.record_batch([pa.array(values, pa.large_binary())], schema=schema))
 
-    def row(self) -> Callable[[int], np.ndarray]:
+    def open(self) -> Reader:
         import pyarrow as pa
 
         reader = pa.ipc.open_file(pa.memory_map(str(self.folder / "rows.arrow")))
@@ -266,7 +257,7 @@ class Arrow(Copying):
                 columns[number] = reader.get_batch(number).column(0)
             return np.frombuffer(columns[number][row % _RECORD_ROWS].as_buffer(), "<u2")
 
-        return row_of
+        return copying(self.rows, row_of)
 
 
 FORMS: tuple[type[Form], ...] = (Relish, Chunked, Safetensors, MemoryMap, Arrow)

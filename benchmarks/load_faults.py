@@ -117,6 +117,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("load_faults.json"))
     given = parser.parse_args()
 
+    # All that an extraction or a training imports: the processes that are forked inherit it.
     import torch
     import transformers  # noqa: F401
     from transformers import AutoConfig, AutoModel, AutoTokenizer, LlamaModel  # noqa: F401

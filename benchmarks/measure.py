@@ -114,7 +114,7 @@ def _serve(pipe: Any, rival: Rival) -> None:
             value = work()
             wall, cpu = time.perf_counter() - started, _cpu() - before
             pipe.send((wall, cpu, _peak_mb(), value))
-    except Exception as error:
+    except Exception as error:  # `race` raises it, with the rival's name
         pipe.send(error)
 
 

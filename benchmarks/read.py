@@ -134,6 +134,7 @@ def in_a_child(work: Callable[..., Any], *args: Any) -> Any:
 
 
 def time_to_first_batch(work: Path, sizes: list[int], width: int, rounds: int) -> list[dict[str, Any]]:
+    # What the reader imports when it is first used: the children that are timed inherit it.
     import h5py  # noqa: F401
     import torch  # noqa: F401
     from forms import Relish, random_rows

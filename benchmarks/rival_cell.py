@@ -24,8 +24,9 @@ from rival import PlainRelish, train_plainly
 from torch import Tensor
 
 from relish.cache.reader import open_cache
-from relish.train.data import Rows, ordered_batches, read_ahead, shuffled_batches, training_rows
+from relish.train.data import feature_moments, ordered_batches, read_ahead, shuffled_batches, training_rows
 from relish.train.metrics import score
+from relish.train.scale import InputScale
 from relish.train.settings import LEARNING_RATES, TrainSettings
 
 UNCOUNTED = 5  # first steps of a sample, in which memory is still being taken
@@ -35,7 +36,9 @@ def train(given: argparse.Namespace) -> dict[str, Any]:
     settings = TrainSettings(layer=given.layer, epochs=given.epochs)
     cache = open_cache(given.cache)
     rows, val = training_rows(cache, settings)
-    mean, std = moments(rows)
+    inputs = InputScale(cache.hidden_size)
+    moments = feature_moments(rows, None)
+    inputs.set(moments.mean, moments.std)
     target_mean, target_std = float(rows.target.mean()), float(rows.target.std())
     torch.manual_seed(given.seed)
     head = PlainRelish(cache.hidden_size, given.depth)
@@ -45,7 +48,7 @@ def train(given: argparse.Namespace) -> dict[str, Any]:
     def batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for _ in range(settings.epochs):
             for hidden, mask, target in read_ahead(rows, shuffled_batches(rows, settings.batch_size, order)):
-                yield (hidden.float() - mean) / std, mask, (target - target_mean) / target_std
+                yield (hidden.float() - inputs.mean) / inputs.scale, mask, (target - target_mean) / target_std
 
     step = train_plainly(
         head,
@@ -62,7 +65,9 @@ def train(given: argparse.Namespace) -> dict[str, Any]:
         predictions = np.empty(len(val))
         chunks = ordered_batches(val.lengths)
         for chunk, (hidden, mask, _) in zip(chunks, read_ahead(val, chunks), strict=True):
-            predictions[chunk] = (target_mean + target_std * head((hidden.float() - mean) / std, mask)).double()
+            predictions[chunk] = (
+                target_mean + target_std * head((hidden.float() - inputs.mean) / inputs.scale, mask)
+            ).double()
         head.train()
         return score(val.target, predictions, cache.label_range)
 
@@ -92,18 +97,6 @@ def train(given: argparse.Namespace) -> dict[str, Any]:
     if given.out is not None:
         torch.save(best_state, given.out)
     return {"pearson": best["pearson"], "nrmse": best["nrmse"], "best_epoch": best_epoch, "epochs": epoch}
-
-
-def moments(rows: Rows) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and deviation (D,) of the real tokens, in float64 sums."""
-    count, total, squares = 0, 0.0, 0.0
-    for hidden, mask, _ in read_ahead(rows, ordered_batches(rows.lengths)):
-        values = hidden[mask].float()
-        count += len(values)
-        total = total + values.sum(dim=0, dtype=torch.float64)
-        squares = squares + (values * values).sum(dim=0, dtype=torch.float64)
-    mean = total / count
-    return mean.float(), (squares / count - mean * mean).clamp_min(1e-12).sqrt().float()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,10 @@ def sample(table: Path | None, count: int) -> list[Row]:
     """`count` rows of STS-B's training table, evenly spaced over it; without a table, rows of random words."""
     if table is None:
         draw = Random(0)
-        sentence = lambda: " ".join(draw.choice(WORDS) for _ in range(draw.randint(4, 20)))  # noqa: E731
+
+        def sentence() -> str:
+            return " ".join(draw.choice(WORDS) for _ in range(draw.randint(4, 20)))
+
         return [{"sentence1": sentence(), "sentence2": sentence(), "score": draw.uniform(0, 5)} for _ in range(count)]
     from relish.extract.tables import read_rows
 

@@ -11,7 +11,6 @@ from .manifest import ARCHIVE, MANIFEST, MEND_ARCHIVE, PACKED_MANIFEST, Manifest
 
 FORMAT = "relish archive"
 VERSION = 1
-"""What to do about a damaged file of an archive, to end a message."""
 
 
 @dataclass(frozen=True)

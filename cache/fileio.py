@@ -33,6 +33,11 @@ def open_read(path: Path) -> int:
     return descriptor
 
 
+def create(path: Path) -> int:
+    """Make a file, empty, for `write_at` and `read_into`; the caller closes the descriptor with os.close."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
+
+
 def read_whole(path: Path) -> bytes:
     """All of a small file.
 

@@ -21,6 +21,7 @@ ARCHIVE = "archive.json"
 PACKED_MANIFEST = "manifest.packed.json"
 """manifest.json in a packed cache. By another name, so that no reader takes the archive for a cache."""
 MEND_ARCHIVE = "copy it again from where it was packed, or pack the cache into a new folder"
+"""What to do about a damaged file of an archive, to end a message."""
 _MEND = {
     MANIFEST: "run: relish cache repair {folder}",
     COPY: "restore it from a copy, or extract into another folder",

@@ -8,12 +8,12 @@ from pathlib import Path
 from .archive import Archive, PackedShard, check_packed, file_hash, load_archive, load_shards, save_shards
 from .dtypes import storage_dtype
 from .errors import CacheError
-from .fileio import open_read, replace_durably, temporary_name, write_text_durably, writing_cache
+from .fileio import create, replace_durably, temporary_name, write_text_durably, writing_cache
 from .identity import Identity, refuse_differences
 from .lock import lock_folder
 from .manifest import ARCHIVE, MANIFEST, PACKED_MANIFEST, Manifest, ShardRecord, load_manifest
 from .packed import restore, write_packed, zstd_filter
-from .shard import HiddenLayout, way_out
+from .shard import HiddenLayout
 from .verify import verify_shard
 
 
@@ -98,14 +98,10 @@ def _pack_shard(
     layers, width, dtype = len(identity.layers), identity.hidden_size, identity.dtype
     layout = HiddenLayout(layers, record.T, width, storage_dtype(dtype))
     shard, final = cache / record.file, out / record.file
-    try:
-        os.close(open_read(shard))
-    except OSError as error:
-        raise CacheError(f"the shard {shard} cannot be opened ({error.strerror}); {way_out(cache)}") from None
     temporary = temporary_name(final)
     try:
         with writing_cache(final):
-            descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
+            descriptor = create(temporary)
             try:
                 clean = write_packed(shard, descriptor, record, layout, progress)
                 os.fsync(descriptor)

@@ -21,8 +21,9 @@ import numpy as np
 
 from .errors import CacheError, require_extra
 from .fileio import open_read, read_into, write_at
+from .index import COLUMNS, check_index, place_outside
 from .manifest import ShardRecord
-from .shard import COLUMNS, HiddenLayout, check_index, place_outside
+from .shard import HiddenLayout
 
 _LEVEL = 1
 _CHUNK_ROWS = 64
@@ -103,15 +104,15 @@ def write_packed(
         Whether all padding was zero. The packed shard holds zeros there in any case.
 
     Raises:
-        CacheError: if the shard is damaged outside its hidden states.
+        CacheError: if the shard is missing, or damaged outside its hidden states.
     """
     import h5py
     from h5py import h5t  # pyright: ignore[reportAttributeAccessIssue]
 
     compressed, clean, spool = zstd_filter(), True, _Spool(target)
+    outside = check_index(shard, record, layout)
     descriptor = open_read(shard)
     try:
-        outside = check_index(shard, record, layout)
         with h5py.File(shard, "r") as source, h5py.File(spool, "w", libver="v110") as packed:
             columns: dict[str, Any] = {name: source[name] for name in COLUMNS}
             packed.attrs["relish_packed"] = 1

@@ -16,8 +16,9 @@ from .dtypes import storage_dtype
 from .errors import CacheError
 from .fileio import open_read, read_into, read_soon
 from .identity import Identity
+from .index import read_columns, read_index
 from .manifest import Manifest, ShardRecord, SplitRecord, load_manifest
-from .shard import HiddenLayout, read_columns, read_index, way_out
+from .shard import HiddenLayout, way_out
 
 if TYPE_CHECKING:
     import torch

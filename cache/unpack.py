@@ -8,7 +8,7 @@ from pathlib import Path
 from .archive import PackedShard, check_packed, load_archive
 from .dtypes import storage_dtype
 from .errors import CacheError
-from .fileio import allocate, replace_durably, temporary_name, write_at, write_text_durably, writing_cache
+from .fileio import allocate, create, replace_durably, temporary_name, write_at, write_text_durably, writing_cache
 from .identity import Identity
 from .lock import lock_folder
 from .manifest import COPY, MANIFEST, PACKED_MANIFEST, ShardRecord, refuse_unlisted_shards
@@ -108,7 +108,7 @@ def _unpack_shard(
     layout = HiddenLayout(len(identity.layers), record.T, identity.hidden_size, storage_dtype(identity.dtype))
     try:
         with writing_cache(final):
-            descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
+            descriptor = create(temporary)
 
         def put(data: memoryview, place: int) -> None:
             with writing_cache(final):

@@ -10,10 +10,10 @@ import numpy as np
 from .dtypes import storage_dtype
 from .errors import CacheError
 from .fileio import open_read, read_into
-from .identity import Identity
-from .manifest import COPY, ShardRecord, SplitRecord, load_manifest
+from .index import RowIndex, read_index
+from .manifest import COPY, ShardRecord, load_manifest
 from .reader import FeatureCache, lost_or_doubled
-from .shard import HiddenLayout, RowIndex, read_index, way_out
+from .shard import HiddenLayout, way_out
 
 
 def verify_cache(cache: FeatureCache, progress: Callable[[int], None] | None = None) -> list[str]:
@@ -34,16 +34,17 @@ def verify_cache(cache: FeatureCache, progress: Callable[[int], None] | None = N
             found.append(f"{str(error).partition(';')[0]}; run: relish cache repair {cache.folder}")
     identity = cache.identity
     for name, split in cache.manifest.splits.items():
-        bad = []
+        bad, rows = [], [np.zeros(0, dtype=np.int64)]
         for record in split.shards:
-            bad += verify_shard(
-                cache.folder, record, layers=len(identity.layers), width=identity.hidden_size, dtype=identity.dtype
-            )
+            layout = HiddenLayout(len(identity.layers), record.T, identity.hidden_size, storage_dtype(identity.dtype))
+            wrong, index = _check(cache.folder, record, layout)
+            bad += wrong
+            rows += [index.row] if index is not None else []
             if progress is not None:
                 progress(record.bytes)
         found += bad
         if split.complete and not bad:
-            wrong = lost_or_doubled(split, _rows(cache.folder, split, identity))
+            wrong = lost_or_doubled(split, np.concatenate(rows))
             found += [f"the split {name!r} {wrong}"] if wrong else []
         if not split.complete:
             found.append(
@@ -53,26 +54,22 @@ def verify_cache(cache: FeatureCache, progress: Callable[[int], None] | None = N
     return found
 
 
-def _rows(folder: Path, split: SplitRecord, identity: Identity) -> np.ndarray:
-    rows = [np.zeros(0, dtype=np.int64)]
-    for record in split.shards:
-        layout = HiddenLayout(len(identity.layers), record.T, identity.hidden_size, storage_dtype(identity.dtype))
-        rows.append(read_index(folder, record, layout).row)
-    return np.concatenate(rows)
-
-
 def verify_shard(folder: Path, record: ShardRecord, *, layers: int, width: int, dtype: str) -> list[str]:
     """Read every byte of a shard; returns what is wrong with it, nothing if it is as it was written."""
-    layout = HiddenLayout(layers, record.T, width, storage_dtype(dtype))
+    return _check(folder, record, HiddenLayout(layers, record.T, width, storage_dtype(dtype)))[0]
+
+
+def _check(folder: Path, record: ShardRecord, layout: HiddenLayout) -> "tuple[list[str], RowIndex | None]":
     try:
         index = read_index(folder, record, layout)
     except CacheError as error:
-        return [str(error)]
+        return [str(error)], None
+    path = folder / record.file
     try:
-        wrong = _changed_rows(folder / record.file, record, layout, index)
+        wrong = _changed_rows(path, record, layout, index)
     except OSError as error:
-        return [f"the shard {folder / record.file} cannot be read ({error.strerror}); {way_out(folder)}"]
-    return [f"the shard {folder / record.file} is damaged: {'; '.join(wrong[:5])}"] if wrong else []
+        return [f"the shard {path} cannot be read ({error.strerror}); {way_out(folder)}"], index
+    return ([f"the shard {path} is damaged: {'; '.join(wrong[:5])}"] if wrong else []), index
 
 
 def _changed_rows(path: Path, record: ShardRecord, layout: HiddenLayout, index: RowIndex) -> list[str]:

@@ -10,8 +10,7 @@ def keep_freed_memory() -> None:
     """Have glibc's malloc keep what is freed, from now on in this process; with another C library nothing happens.
 
     By default it gives large blocks back to the system, and each layer of a forward pass gets its own anew, page by
-    page: 8 to 18 % of the time of SmolLM2-135M. The most memory that the process takes stays the same, but up to 1 GiB
-    of it stays with the process afterwards.
+    page. The most memory that the process takes stays the same, but up to 1 GiB of it stays with it afterwards.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

@@ -74,7 +74,7 @@ def test_train_step(tmp_path):
     assert "plain ÷ ours" in shown
 
 
-@pytest.mark.parametrize("name", ["read.py", "cache_size.py"])
+@pytest.mark.parametrize("name", ["read.py", "cache_size.py", "checks.py"])
 def test_caches(tmp_path, name):
     result, shown = run(name, tmp_path / "out.json")
     assert result["machine"]["commit"] is not None

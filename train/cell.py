@@ -58,7 +58,7 @@ class Training:
         )
 
     def moments_for(self, head: Head) -> Moments | None:
-        """Moments of what a head reads, from one pass over the training rows the first time; None if it needs none."""
+        """Moments of what a head reads, from a sample of the training rows the first time; None if it needs none."""
         if not self.settings.standardise:
             return None
         pooling = getattr(head, "pooling", None)

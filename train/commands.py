@@ -95,7 +95,7 @@ def train(
         workers=workers,
         threads=threads,
     )
-    from .grid import CellName, train_heads
+    from .grid import train_heads
     from .live import LiveTable
 
     with LiveTable() as table:
@@ -112,6 +112,7 @@ def train(
         typer.echo(f"next: relish evaluate {quote(str(out))} --out report")
     if result.diverged:
         from .diverged import find_diverged
+        from .progress import CellName
 
         names = ", ".join(map(str, result.diverged))
         lost = [

@@ -68,7 +68,7 @@ def train_head(
         on_step: hears after each step how many steps are done.
 
     Raises:
-        Diverged: when the loss is NaN or infinite, or the inputs' scale is.
+        Diverged: when the loss is NaN or infinite, or the inputs' mean or scale is too large for float32.
     """
     # Divided by a larger deviation, weights lose their digits or vanish, without a word.
     if not all((values.abs() <= _LARGEST).all() for values in head.input_scale.buffers()):

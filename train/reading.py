@@ -15,7 +15,7 @@ Its products per step grow with the number of queries instead of the number of t
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,25 +24,14 @@ _CHUNK = 256  # tokens converted and projected together: they stay in the proces
 _THIN = 3.0  # measured: a product of H rows, and its operand's conversion, per multiply-add of a square one
 
 
-class Read(NamedTuple):
-    """What a reading leaves for the way back."""
-
-    k: Tensor
-    """(B, H, d), the queries in the space of the tokens."""
-    attention: "Tensor | list[Tensor]"
-    """(B, H, T), or (H, n) for each row."""
-    mixture: "Tensor | None"
-    """(B, H, D), where the hidden states were mixed rather than the tokens."""
-
-
 class Reader(Protocol):
     """The tokens of one batch, for all L steps, forward and backward."""
 
-    def read(self, k: Tensor) -> "tuple[Tensor, Read]":
-        """Queries (B, H, d) to mixtures (B, H, d)."""
+    def read(self, k: Tensor) -> tuple[Tensor, Any]:
+        """Queries (B, H, d) to mixtures (B, H, d), and what `read_backward` needs of this reading."""
         ...
 
-    def read_backward(self, read: Read, gradient: Tensor) -> Tensor:
+    def read_backward(self, kept: Any, gradient: Tensor) -> Tensor:
         """Gradient of the mixtures (B, H, d) to that of the queries (B, H, d)."""
         ...
 
@@ -95,21 +84,20 @@ class Projected:
         self._tokens = self._unpack(packed)
         self._seen: list[tuple[Tensor, Tensor]] = []
 
-    def read(self, k: Tensor) -> tuple[Tensor, Read]:
+    def read(self, k: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """See Reader."""
         scores = torch.bmm(k, self._tokens.transpose(1, 2))
         if self._padding is not None:
             scores += self._padding
         attention = torch.softmax(scores, dim=-1)
-        return torch.bmm(attention, self._tokens), Read(k, attention, None)
+        return torch.bmm(attention, self._tokens), (k, attention)
 
-    def read_backward(self, read: Read, gradient: Tensor) -> Tensor:
+    def read_backward(self, kept: tuple[Tensor, Tensor], gradient: Tensor) -> Tensor:
         """See Reader."""
-        attention = read.attention
-        assert isinstance(attention, Tensor)
+        k, attention = kept
         along = torch.bmm(gradient, self._tokens.transpose(1, 2))
         scores = _softmax_backward(along, attention)
-        self._seen += [(scores, read.k), (attention, gradient)]
+        self._seen += [(scores, k), (attention, gradient)]
         return torch.bmm(scores, self._tokens)
 
     def gradients(self) -> tuple[Tensor, Tensor, "Tensor | None"]:
@@ -162,7 +150,7 @@ class Direct:
         self._buffer = weight.new_empty(int(lengths.max()), hidden.shape[-1])
         self._seen: list[tuple[Tensor, Tensor]] = []
 
-    def read(self, k: Tensor) -> tuple[Tensor, Read]:
+    def read(self, k: Tensor) -> tuple[Tensor, tuple[Tensor, list[Tensor], Tensor]]:
         """See Reader."""
         B, H, d = k.shape
         queries = (k.reshape(-1, d) @ self._weight).view(B, H, -1)
@@ -171,20 +159,20 @@ class Direct:
             attention.append(torch.softmax(queries[number] @ x.T, dim=-1))
             torch.mm(attention[-1], x, out=mixture[number])
         mixed = torch.addmm(self._bias, mixture.view(B * H, -1), self._weight.T)
-        return mixed.view(B, H, d), Read(k, attention, mixture)
+        return mixed.view(B, H, d), (k, attention, mixture)
 
-    def read_backward(self, read: Read, gradient: Tensor) -> Tensor:
+    def read_backward(self, kept: tuple[Tensor, list[Tensor], Tensor], gradient: Tensor) -> Tensor:
         """See Reader."""
-        assert read.mixture is not None
+        k, attention, mixture = kept
         B, H, d = gradient.shape
-        gradient, k = gradient.reshape(-1, d), read.k.reshape(-1, d)
+        gradient, k = gradient.reshape(-1, d), k.reshape(-1, d)
         along = (gradient @ self._weight).view(B, H, -1)
         queries = torch.empty_like(along)
         for number, x in self._converted():
-            scores = _softmax_backward(along[number] @ x.T, read.attention[number])
+            scores = _softmax_backward(along[number] @ x.T, attention[number])
             torch.mm(scores, x, out=queries[number])
         queries = queries.view(B * H, -1)
-        self._seen += [(k, queries), (gradient, read.mixture.view(B * H, -1))]
+        self._seen += [(k, queries), (gradient, mixture.view(B * H, -1))]
         return (queries @ self._weight.T).view(B, H, d)
 
     def gradients(self) -> tuple[Tensor, Tensor, "Tensor | None"]:

@@ -1,9 +1,8 @@
 """The L refinement steps as one function with a gradient of its own.
 
-autograd would build some 250 nodes for a step of training at L = 3, whose upkeep costs as much as a third of the
-arithmetic at D = 576, and would add up the tokens' gradient in 2 L passes. Here each step keeps what its way back
-needs, and the tokens' gradient is one product. Values and gradients are those of `nn.MultiheadAttention`,
-`nn.LayerNorm` and so on, which the tests compare to 1e-9 in float64.
+autograd would keep a node for each of some hundred operations, and add up the tokens' gradient in 2 L passes. Here each
+step keeps what its way back needs, and the tokens' gradient is one product. Values and gradients are those of
+`nn.MultiheadAttention`, `nn.LayerNorm` and so on, which the tests compare to 1e-9 in float64.
 """
 
 import math
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu
 
-from .reading import Read, Reader, reader_for
+from .reading import Reader, reader_for
 
 
 class StepWeights(NamedTuple):
@@ -40,7 +39,7 @@ class _Kept:
 
     before: Tensor
     q: Tensor
-    read: Read
+    read: Any
     mixed: Tensor
     value: Tensor
     drop1: "Tensor | None"

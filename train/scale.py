@@ -20,7 +20,7 @@ class InputScale(nn.Module):
         self.register_buffer("scale", torch.ones(hidden_size))
 
     def set(self, mean: Tensor, scale: Tensor) -> None:
-        """Take the mean (D,) and the standard deviation (D,) of the training split's real tokens."""
+        """Take the mean (D,) and the standard deviation (D,) of what the head reads."""
         self.mean.copy_(mean)
         # A constant dimension has a deviation of rounding noise, not of 0; scaled by that it would dwarf all others.
         self.scale.copy_(torch.where(scale <= 1e-6 * mean.abs(), torch.ones_like(scale), scale))

@@ -47,12 +47,13 @@ def plain(D: int, T: int, depth: int, ragged: bool, steps: int) -> Callable[[], 
 def ours(D: int, T: int, depth: int, ragged: bool, steps: int) -> Callable[[], float]:
     from torch import nn
 
+    from relish.train.adamw import AdamW
     from relish.train.data import TrainBatch
     from relish.train.head import RelishHead
-    from relish.train.loop import make_optimizer, take_step
+    from relish.train.loop import take_step
 
     head = RelishHead(hidden_size=D, depth=depth).train()
-    optimizer, source = make_optimizer(head, 1.0), cycle(batches(D, T, ragged))
+    optimizer, source = AdamW(head, weight_decay=1.0), cycle(batches(D, T, ragged))
     loss_of = nn.HuberLoss()
 
     def run() -> float:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .adamw import AdamW
 from .data import Rows, TrainBatch, ordered_batches, read_ahead, shuffled_batches
 from .heads import Head
 from .metrics import score
@@ -78,7 +79,7 @@ def train_head(
         )
     generator = np.random.default_rng(seed)
     steps = settings.epochs * math.ceil(len(train) / settings.batch_size)
-    optimizer = make_optimizer(head, settings.weight_decay)
+    optimizer = AdamW(head, weight_decay=settings.weight_decay)
     factor = _warmup_cosine(steps, settings.warmup)
     loss_of = nn.HuberLoss() if settings.loss == "huber" else nn.MSELoss()
     history: list[EpochRecord] = []
@@ -111,30 +112,17 @@ def train_head(
     return history
 
 
-def take_step(
-    head: Head, optimizer: torch.optim.Optimizer, loss_of: nn.Module, batch: TrainBatch, *, lr: float
-) -> Tensor:
+def take_step(head: Head, optimizer: AdamW, loss_of: nn.Module, batch: TrainBatch, *, lr: float) -> Tensor:
     """One step on one batch; gives its loss, a scalar () on the device of the head, which nobody waits for."""
     scale = head.target_scale
     device = scale.mean.device
     prediction = head(batch.hidden.to(device), batch.mask.to(device))
     loss = loss_of(scale.standardise(prediction), scale.standardise(batch.target.to(device)))
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     loss.backward()
     _clip(head)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
+    optimizer.step(lr=lr)
     return loss.detach()
-
-
-def make_optimizer(head: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW, fused, that pulls matrices towards 0."""
-    # 0 is no sensible place for biases, norms and the latent state.
-    matrices = [parameter for parameter in head.parameters() if parameter.ndim >= 2]
-    vectors = [parameter for parameter in head.parameters() if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, fused=True)
 
 
 def best_epoch(history: list[EpochRecord]) -> int:

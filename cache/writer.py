@@ -25,6 +25,7 @@ from .manifest import (
     shard_file,
 )
 from .shard import ShardWriter
+from .speed import SPEED
 
 OVERHEAD = 0.035
 """Padding a shard may have, as a share of its real tokens…"""
@@ -109,6 +110,11 @@ class CacheWriter:
     def lost_manifest(self) -> bool:
         """Whether manifest.json is missing and its copy stands in; `writing` puts it back."""
         return bool(self.manifest.splits) and not (self.folder / MANIFEST).exists()
+
+    def made_with(self, name: str, value: str) -> None:
+        """Add to `made_by` what shows only once the backbone is loaded; a cache that is begun keeps what it has."""
+        if not self.manifest.splits:
+            self.manifest = replace(self.manifest, made_by={**self.manifest.made_by, name: value})
 
     def split(self, name: str, rows: SplitRows, *, shard_rows: int) -> "SplitWriter":
         """Begin or resume a split.
@@ -262,5 +268,5 @@ def _cut(split: SplitRecord) -> dict[int, int]:
 def may_be_ours(name: str) -> bool:
     """Whether a file may be in a folder that is to become a cache."""
     # A process killed before its first manifest leaves a shard; hidden files are temporary ones, the lock, or the
-    # system's.
-    return name.startswith(".") or SHARD_FILE.fullmatch(name) is not None
+    # system's. Times stay where someone deleted a cache's other files.
+    return name.startswith(".") or name == SPEED or SHARD_FILE.fullmatch(name) is not None

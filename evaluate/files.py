@@ -68,16 +68,19 @@ def changing_report(folder: Path) -> Iterator[Path]:
 
 
 def results_json(results: Results) -> dict[str, Any]:
-    """The content of results.json; NaN becomes None. A cell has "status" only where that is not "ok"."""
+    """The content of results.json; NaN becomes None. "status" is there only if it is not "ok", and "note" if any."""
     cells = []
     for cell in results.cells:
         entry: dict[str, Any] = {"head": cell.head, "depth": cell.depth, "seed": cell.seed}
-        entry |= {"parameters": cell.parameters, **cell.metrics}
+        entry |= {"parameters": cell.parameters, **cell.metrics, **cell.extras}
         if cell.status != "ok":
             entry["status"] = cell.status
+        if cell.note:
+            entry["note"] = cell.note
         cells.append(entry)
     groups = [
-        {"head": g.head, "depth": g.depth, "seeds": g.seeds, "parameters": g.parameters, **g.metrics}
+        {"head": g.head, "depth": g.depth, "seeds": g.seeds, "parameters": g.parameters, **g.metrics, **g.extras}
+        | ({"note": g.note} if g.note else {})
         for g in results.groups
     ]
     return _plain(

@@ -15,11 +15,11 @@ from .plots import plot_depth, plot_scatter
 from .summary import Results, Summary
 from .tables import (
     best_means,
-    failure_notes,
     format_depth,
     format_estimate,
     format_number,
     heading,
+    notes,
 )
 
 _WORST = 15
@@ -70,7 +70,7 @@ def write_report(results: Results, folder: Path) -> Path:
         headline=headline(results),
         comparison=comparison(results),
         best_means=best_means(results),
-        notes=failure_notes(results),
+        notes=notes(results),
         metrics=METRICS,
         names=METRIC_NAMES,
         heading=heading,

@@ -1,14 +1,17 @@
 """`evaluate_runs`: every head of a runs folder on one split of the cache, to figures, files and a report."""
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ..cache.device import pick_device
 from ..cache.errors import CacheError, DataError, RunError, require_extra
 from ..cache.identity import refuse_differences
 from ..cache.reader import FeatureCache, Split, open_cache
+from ..cache.speed import seconds_per_1000_rows
 from ..train.data import Rows
 from ..train.diverged import find_diverged
 from ..train.loop import predict_rows
@@ -59,10 +62,10 @@ def evaluate_runs(
     check_cache(found, opened)
     rows = _labelled(opened.split(split, layer=found[0].layer))
     where = pick_device(device)
+    llm_seconds = seconds_per_1000_rows(opened.folder, opened.manifest, split)
     cells = []
     for run in found:
-        values = predict_rows(load_head(run).to(where), rows, where)
-        cells.append(CellPredictions(run.head.name, run.head.depth, run.seed, run.parameters, values))
+        cells.append(_predict(run, rows, where, llm_seconds))
         if progress is not None:
             progress(len(cells), len(found))
     for lost in find_diverged(runs):
@@ -79,6 +82,25 @@ def evaluate_runs(
             write_results(results, stage)
             write_report(results, stage)
     return results
+
+
+def _predict(run: Run, rows: Rows, device: torch.device, llm_seconds: float | None) -> CellPredictions:
+    head = load_head(run).to(device)
+    started = time.perf_counter()
+    values = predict_rows(head, rows, device)
+    own_seconds = 1000 * (time.perf_counter() - started) / len(rows)
+    val = run.metrics.get("val", {})
+    return CellPredictions(
+        run.head.name,
+        run.head.depth,
+        run.seed,
+        run.parameters,
+        values,
+        val_nrmse=val.get("nrmse"),
+        val_pearson=val.get("pearson"),
+        train_seconds=run.metrics.get("seconds"),
+        seconds_per_1000_rows=llm_seconds + own_seconds if llm_seconds is not None else None,
+    )
 
 
 def check_cache(runs: Sequence[Run], cache: FeatureCache) -> None:
@@ -133,6 +155,8 @@ def _labelled(split: Split) -> Rows:
 def _meta(run: Run, cache: FeatureCache) -> dict[str, object]:
     identity = cache.identity
     return {
+        "task": cache.manifest.task,
+        "adapter": getattr(identity, "adapter", None),
         "model": identity.model,
         "revision": identity.revision,
         "layer": run.layer,
@@ -141,5 +165,5 @@ def _meta(run: Run, cache: FeatureCache) -> dict[str, object]:
         "compute dtype": identity.compute_dtype,
         "training rows": run.train_rows,
         **{name.replace("_", " "): value for name, value in run.settings.items() if value is not None},
-        **cache.manifest.made_by,
+        **{name.replace("_", " "): value for name, value in cache.manifest.made_by.items()},
     }

@@ -5,7 +5,7 @@ A cell is one trained head (head kind, depth, seed); a group is the cells that d
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, TypedDict
 
@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 from ..cache.errors import RelishError
 from ..train.metrics import METRICS, score
 from .bootstrap import intervals
+
+EXTRAS: tuple[str, ...] = ("val_nrmse", "val_pearson", "train_seconds", "seconds_per_1000_rows")
+"""What results.json says of each cell and group besides its figures: how to choose among them, and what they cost."""
 
 
 class Estimate(TypedDict):
@@ -41,6 +44,15 @@ class CellPredictions:
     """(N,) predicted scores, in the label's unit."""
     status: str = "ok"
     """Anything else says in words why the cell must not count, such as "diverged"."""
+    val_nrmse: float | None = None
+    """On the validation rows; None where there are none, or it is not known."""
+    val_pearson: float | None = None
+    train_seconds: float | None = None
+    """What training took; None where nothing was trained, or it is not known."""
+    seconds_per_1000_rows: float | None = None
+    """What predicting takes, the LLM included; None if it is not known."""
+    note: str = ""
+    """What a reader of the figures must know, such as how many answers were no number."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,9 @@ class Cell:
     parameters: int
     metrics: dict[str, float]
     status: str = "ok"
+    extras: dict[str, float | None] = field(default_factory=dict)
+    """For each name in EXTRAS; None where it is not known."""
+    note: str = ""
 
     @property
     def label(self) -> str:
@@ -70,6 +85,10 @@ class Summary:
     """How many."""
     parameters: int
     metrics: dict[str, Estimate]
+    extras: dict[str, float | None] = field(default_factory=dict)
+    """Means over the seeds; None where it is not known of each."""
+    note: str = ""
+    """The notes of its cells."""
 
     @property
     def label(self) -> str:
@@ -157,7 +176,8 @@ def summarise(
     for place, (cell, line) in enumerate(zip(given, predictions, strict=True)):
         status = cell.status if cell.status != "ok" or np.isfinite(line).all() else "not finite"
         metrics = score(target, line, label_range) if status == "ok" else dict.fromkeys(METRICS, math.nan)
-        cells.append(Cell(cell.head, cell.depth, cell.seed, cell.parameters, metrics, status))
+        extras = {name: getattr(cell, name) for name in EXTRAS}
+        cells.append(Cell(cell.head, cell.depth, cell.seed, cell.parameters, metrics, status, extras, cell.note))
         if status == "ok":
             members.setdefault((cell.head, cell.depth), []).append(place)
 
@@ -168,7 +188,10 @@ def summarise(
             name: _estimate(np.array([cells[place].metrics[name] for place in places]), limits[name])
             for name in METRICS
         }
-        groups.append(Summary(head, depth, len(places), cells[places[0]].parameters, estimates))
+        own = [cells[place] for place in places]
+        extras = {name: _mean([cell.extras[name] for cell in own]) for name in EXTRAS}
+        note = "; ".join(dict.fromkeys(cell.note for cell in own if cell.note))
+        groups.append(Summary(head, depth, len(places), own[0].parameters, estimates, extras, note))
     return Results(
         split=split,
         label_range=(float(label_range[0]), float(label_range[1])),
@@ -185,6 +208,11 @@ def summarise(
 def _estimate(values: NDArray[np.float64], limits: tuple[float, float]) -> Estimate:
     sd = float(values.std(ddof=1)) if len(values) > 1 else math.nan
     return {"mean": float(values.mean()), "sd": sd, "ci95": limits}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
 
 
 def group_label(head: str, depth: int) -> str:

@@ -3,13 +3,11 @@
 import math
 from typing import TYPE_CHECKING
 
-from ..train.metrics import HIGHER_IS_BETTER, METRIC_NAMES, METRICS
+from ..train.metrics import HIGHER_IS_BETTER, METRIC_NAMES, METRICS, PAPER_METRICS
 from .summary import Estimate, Results
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-_CONSOLE_METRICS = ("pearson", "spearman", "nrmse")  # the paper's three; with intervals they fill 80 columns
 
 
 def format_depth(depth: int) -> str:
@@ -41,9 +39,10 @@ def best_means(results: Results) -> dict[str, float]:
     return best
 
 
-def failure_notes(results: Results) -> list[str]:
-    """One sentence for each cell that does not count."""
-    return [f"{c.label}, seed {c.seed}, does not count: {' '.join(c.status.split())}." for c in results.failed]
+def notes(results: Results) -> list[str]:
+    """One sentence for each cell that does not count, and for each group with a note."""
+    failed = [f"{c.label}, seed {c.seed}, does not count: {' '.join(c.status.split())}." for c in results.failed]
+    return failed + [f"{group.label}: {group.note.rstrip('.')}." for group in results.groups if group.note]
 
 
 def caption(results: Results) -> str:
@@ -74,7 +73,7 @@ def to_markdown(results: Results) -> str:
             mean = f"**{mean}**" if group.metrics[name]["mean"] == best[name] else mean
             columns.append(" ".join(part for part in (mean, *rest) if part))
         lines.append("| " + " | ".join(columns) + " |")
-    return "\n".join([*lines, "", " ".join([caption(results), *failure_notes(results)]), ""])
+    return "\n".join([*lines, "", " ".join([caption(results), *notes(results)]), ""])
 
 
 _LATEX = {character: f"\\{character}" for character in "&%$#_{}"}
@@ -95,7 +94,7 @@ def to_latex(results: Results) -> str:
     lines = [
         r"% needs \usepackage{booktabs}",
         "% " + caption(results).partition(" [")[0],
-        *(f"% {note}" for note in failure_notes(results)),
+        *(f"% {note}" for note in notes(results)),
         rf"\begin{{tabular}}{{l{'r' * (3 + len(METRICS))}}}",
         r"\toprule",
         " & ".join(["Head", "$L$", "Parameters", "Seeds", *(_latex(heading(name)) for name in METRICS)]) + r" \\",
@@ -127,13 +126,13 @@ def print_table(results: Results, console: "Console") -> None:
 
     best = best_means(results)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, caption_justify="left")
-    table.caption = Text(fit(" ".join([caption(results), *failure_notes(results)])))
+    table.caption = Text(fit(" ".join([caption(results), *notes(results)])))
     table.add_column("head", overflow="fold")
-    for title in ("L", "parameters", "seeds", *map(heading, _CONSOLE_METRICS)):
+    for title in ("L", "parameters", "seeds", *map(heading, PAPER_METRICS)):
         table.add_column(fit(title), justify="right", no_wrap=True)
     for group in results.groups:
         columns = [Text(group.head), fit(format_depth(group.depth)), f"{group.parameters:,}", str(group.seeds)]
-        for name in _CONSOLE_METRICS:
+        for name in PAPER_METRICS:
             mean, spread, interval = map(fit, format_estimate(group.metrics[name]))
             text = Text(mean, style="bold" if group.metrics[name]["mean"] == best[name] else "")
             text.append(f" {spread}" if spread else "", style="not bold")

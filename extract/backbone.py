@@ -65,6 +65,8 @@ class Backbone:
             self.compute_dtype = own if isinstance(own, torch.dtype) else torch.float32
         else:
             self.compute_dtype = getattr(torch, compute_dtype)
+        self.parameters = 0
+        """Of the whole backbone, without a head for its vocabulary; known once it is loaded."""
         self._model: Any = None
         self._pad = 0
         self._caught: dict[int, Any] = {}
@@ -158,6 +160,7 @@ class Backbone:
             if "scaled_dot_product_attention" not in str(error):
                 raise
             model = self._from_pretrained("AutoModel", **{**options, "attn_implementation": "eager"})
+        self.parameters = sum(weights.numel() for weights in model.parameters())
         model.eval().requires_grad_(False)
         if self.layers != (self.depth,):
             parent, name, blocks = _find_blocks(model, self.depth)

@@ -13,6 +13,7 @@ from ..cache.errors import DataError
 from ..cache.identity import Identity
 from ..cache.info import padding_overhead
 from ..cache.manifest import SkippedRow
+from ..cache.speed import add_speed
 from ..cache.writer import CacheWriter, SplitRows, SplitWriter, manifest_to_resume
 from .backbone import Backbone
 from .batches import Budget, run_in_batches
@@ -102,12 +103,13 @@ def fill_cache(
         low, high = data.label_range
         note(f"label range {low:g} to {high:g}, taken from the training split (--label-range sets it)")
     max_length = choose_max_length(settings.max_length, backbone)
+    made_by = _made_by(backbone)
     writer = CacheWriter(
         folder,
         identity=identify(backbone, settings, prompt=data.prompt, max_length=max_length),
         label_range=data.label_range,
         task=settings.task,
-        made_by=_made_by(backbone),
+        made_by=made_by,
     )
     splits = []
     for name, split in data.splits.items():
@@ -120,7 +122,7 @@ def fill_cache(
     for text in writer.noted:
         note(f"note: {text}; hidden states may differ in their last bits")
     pending = [(name, rows, split, number) for name, rows, split in splits for number in split.pending()]
-    computed = 0
+    computed = computed_rows = 0
     started = time.perf_counter()
     if writer.lost_manifest and not pending:
         with writer.writing():
@@ -129,14 +131,20 @@ def fill_cache(
         with writer.writing():
             note(f"loading {backbone.files.name} ({backbone.compute_dtype}, {backbone.device})".replace("torch.", ""))
             backbone.load()
+            writer.made_with("backbone_parameters", f"{backbone.parameters:,}")
             started = time.perf_counter()
             todo = [len(rows.tokens[row]) for _, rows, split, number in pending for row in split.members(number)]
             if progress is not None:
                 progress.begin(len(todo), sum(todo))
             budget = Budget(settings.batch_tokens or backbone.default_batch_tokens)
-            with ShardSink(skip=settings.on_nonfinite == "skip") as sink:
-                for name, rows, split, number in pending:
-                    computed += _extract_shard(backbone, name, rows, split, number, budget, sink, progress)
+            try:
+                with ShardSink(skip=settings.on_nonfinite == "skip") as sink:
+                    for name, rows, split, number in pending:
+                        computed += _extract_shard(backbone, name, rows, split, number, budget, sink, progress)
+                        computed_rows += len(split.members(number))
+            finally:
+                seconds = time.perf_counter() - started
+                add_speed(folder, made_by["device"], rows=computed_rows, tokens=computed, seconds=seconds)
     records = [split.record for _, _, split in splits]
     shards = [shard for record in records for shard in record.shards]
     return ExtractSummary(

@@ -13,6 +13,9 @@ from ..cache.errors import RelishError
 METRICS: tuple[str, ...] = ("pearson", "spearman", "kendall", "nrmse", "rmse", "mae")
 """The order every table and file shows them in."""
 
+PAPER_METRICS: tuple[str, ...] = ("pearson", "spearman", "nrmse")
+"""The three that the paper reports: what narrow tables and comparisons have."""
+
 METRIC_NAMES = {
     "pearson": "Pearson",
     "spearman": "Spearman",

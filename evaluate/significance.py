@@ -1,0 +1,158 @@
+"""Is one method better than another on the same rows? Paired bootstrap, paired permutation test, Holm's correction.
+
+Both tests take the metric's mean over the seeds, and treat a row as one unit: its predictions by all seeds are drawn,
+or swapped, together. The permutation test uses the arithmetic of the bootstrap: with the N rows written twice, once
+with each method's prediction, a swap is a choice of which of the two counts.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..train.metrics import METRICS, PAPER_METRICS, checked_pair, label_width
+from .bootstrap import WeightedPair, blocks, quantile_interval
+
+Array = NDArray[np.float64]
+ALPHA = 0.05
+"""Level at which a difference counts as a win or a loss, after Holm's correction."""
+_PLACES = [METRICS.index(name) for name in PAPER_METRICS]
+_ROUNDING = 1e-12  # of a difference of metrics: permutations that tie with the observed one must count as such
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One metric of one method less that of another, on the same rows; all NaN where a side is undefined."""
+
+    value: float
+    """Of the means over the seeds, in the metric's unit."""
+    ci95: tuple[float, float]
+    """Percentile bootstrap interval, over rows."""
+    p_bootstrap: float
+    """Two-sided, of the bootstrap: how far 0 lies in the tail of the resampled differences."""
+    p: float
+    """Two-sided, of the permutation test."""
+
+
+def pair_seeds(ours: Sequence[int], theirs: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Which of our predictions is compared with which of theirs: places in `ours` and in `theirs`.
+
+    The same seeds belong together. A single prediction, as of a closed form or of a decoded answer, is compared with
+    each seed of the other side. Seeds without any in common are paired in their order, as far as the fewer go.
+    """
+    if len(ours) == 1 or len(theirs) == 1:
+        pairs = max(len(ours), len(theirs))
+        return [0 if len(ours) == 1 else i for i in range(pairs)], [0 if len(theirs) == 1 else i for i in range(pairs)]
+    common = [seed for seed in ours if seed in theirs]
+    if common:
+        return [list(ours).index(seed) for seed in common], [list(theirs).index(seed) for seed in common]
+    pairs = range(min(len(ours), len(theirs)))
+    return list(pairs), list(pairs)
+
+
+def differences(
+    target: ArrayLike,
+    ours: ArrayLike,
+    theirs: ArrayLike,
+    label_range: Sequence[float],
+    *,
+    our_resamples: Array,
+    their_resamples: Array,
+    permutations: int,
+    seed: int = 0,
+) -> dict[str, Difference]:
+    """Compare two methods by each of PAPER_METRICS.
+
+    Args:
+        target: (N,) gold scores.
+        ours: (P, N) predictions, in the order of `pair_seeds`.
+        theirs: (P, N).
+        label_range: the smallest and the largest score the task allows.
+        our_resamples: (P, 6, R) of `bootstrap.resampled_figures`, drawn with the same seed for both.
+        their_resamples: (P, 6, R).
+        permutations: how many swaps are drawn.
+        seed: of their drawing.
+
+    Raises:
+        RelishError: if a value is not finite, or the label range is empty.
+    """
+    rows = np.asarray(target).size
+    null = np.concatenate(
+        [swapped_differences(target, ours, theirs, label_range, swaps) for swaps in _swaps(rows, permutations, seed)],
+        axis=1,
+    )
+    observed = swapped_differences(target, ours, theirs, label_range, np.zeros((rows, 1)))[:, 0]
+    drawn = (our_resamples - their_resamples).mean(axis=0)[_PLACES]
+    return {
+        name: _difference(value, resampled, swapped)
+        for name, value, resampled, swapped in zip(PAPER_METRICS, observed.tolist(), drawn, null, strict=True)
+    }
+
+
+def swapped_differences(
+    target: ArrayLike, ours: ArrayLike, theirs: ArrayLike, label_range: Sequence[float], swaps: Array
+) -> Array:
+    """Our mean over the seeds less theirs, for each of PAPER_METRICS, after swapping predictions: (3, R).
+
+    Args:
+        target: (N,).
+        ours: (P, N) predictions.
+        theirs: (P, N).
+        label_range: for the NRMSE.
+        swaps: (N, R), 1 where a row's predictions change sides, 0 where they stay.
+    """
+    width = label_width(label_range)
+    kept = np.concatenate((1 - swaps, swaps))
+    moved = 1 - kept
+    total = np.zeros((len(METRICS), swaps.shape[1]))
+    pairs = list(zip(np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float), strict=True))
+    for our, their in pairs:
+        both = WeightedPair.prepare(
+            *checked_pair(np.tile(np.asarray(target, dtype=float), 2), np.concatenate((our, their))), kendall=False
+        )
+        total += both.metrics(kept, width) - both.metrics(moved, width)
+    return total[_PLACES] / len(pairs)
+
+
+def _swaps(rows: int, permutations: int, seed: int) -> Iterator[Array]:
+    rng = np.random.default_rng(seed)
+    for columns in blocks(2 * rows, permutations):
+        yield rng.integers(2, size=(columns, rows)).T.astype(np.float64)
+
+
+def _difference(observed: float, resampled: Array, swapped: Array) -> Difference:
+    if not math.isfinite(observed):
+        return Difference(math.nan, (math.nan, math.nan), math.nan, math.nan)
+    return Difference(observed, quantile_interval(resampled), bootstrap_p(resampled), permutation_p(observed, swapped))
+
+
+def bootstrap_p(resampled: Array) -> float:
+    """Twice the smaller tail beyond 0 of the resampled differences (R,), plus one in count and total; at most 1."""
+    resampled = resampled[np.isfinite(resampled)]
+    tail = min(np.count_nonzero(resampled <= 0), np.count_nonzero(resampled >= 0))
+    return min(1.0, 2 * (tail + 1) / (len(resampled) + 1))
+
+
+def permutation_p(observed: float, swapped: Array) -> float:
+    """Share of swaps (R,) with a difference as large as observed, which counts as one more (Phipson & Smyth 2010).
+
+    A swap that leaves a correlation undefined counts as large.
+    """
+    large = ~(np.abs(swapped) < abs(observed) - _ROUNDING)
+    return (np.count_nonzero(large) + 1) / (len(swapped) + 1)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p-values of a family of tests (Holm 1979), in the order given; NaN stays, and is no member.
+
+    With the m values in ascending order, the i-th (from 0) becomes the largest of (m - j) p_j over j ≤ i, at most 1.
+    """
+    order = sorted((place for place, p in enumerate(p_values) if not math.isnan(p)), key=lambda place: p_values[place])
+    adjusted = [math.nan] * len(p_values)
+    largest = 0.0
+    for rank, place in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p_values[place]))
+        adjusted[place] = largest
+    return adjusted

@@ -1,0 +1,89 @@
+"""Reports put side by side: those of one data set and LLM are joined, those that do not fit are refused."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ..cache.errors import RunError, SettingsError
+from .compare_read import Place, Source, load_report
+
+
+def parse_source(text: str) -> Source:
+    """`REPORT`, or `DATASET,BACKBONE,VARIANT=REPORT` with any of the names left out or empty.
+
+    Raises:
+        SettingsError: if it is neither.
+    """
+    names, equals, path = text.partition("=")
+    if not equals or Path(text).exists():
+        return Source(Path(text))
+    parts = [part.strip() for part in names.split(",")]
+    if len(parts) > 3 or not path:
+        raise SettingsError(
+            f"a report is given as REPORT, or as DATASET,BACKBONE,VARIANT=REPORT where names may be empty; got {text!r}"
+        )
+    return Source(Path(path), *parts)
+
+
+def load_places(sources: Sequence[Source]) -> list[Place]:
+    """Read reports and join those of one data set and LLM; in the order in which data sets and LLMs are first named.
+
+    Raises:
+        RunError: if there is none, one cannot be read, two of one data set score different rows or labels, or two hold
+            the same method.
+    """
+    if not sources:
+        raise RunError("there is no report to compare; make some with: relish evaluate RUNS --out REPORT")
+    places: dict[tuple[str, str], Place] = {}
+    firsts: dict[str, Place] = {}
+    for source in sources:
+        report = load_report(source)
+        _refuse_other_rows(firsts.setdefault(report.dataset, report), report)
+        key = (report.dataset, report.backbone)
+        places[key] = _join(places[key], report) if key in places else report
+    datasets = list(firsts)
+    backbones = list(dict.fromkeys(place.backbone for place in places.values()))
+    found = sorted(places.values(), key=lambda p: (backbones.index(p.backbone), datasets.index(p.dataset)))
+    return [replace(place, entries=sorted(place.entries, key=lambda entry: entry.method.order)) for place in found]
+
+
+def _refuse_other_rows(first: Place, other: Place) -> None:
+    both = f"{other.source} and {first.source} are both of {first.dataset}"
+    way = f"if they are two data sets, name one of them: NAME={other.source}"
+    if other.split != first.split:
+        raise RunError(
+            f"{both}, and score the splits {other.split} and {first.split}; evaluate the same split of both, or, {way}"
+        )
+    if other.label_range != first.label_range:
+        ranges = [f"{low:g} to {high:g}" for low, high in (other.label_range, first.label_range)]
+        raise RunError(
+            f"{both}, with labels from {ranges[0]} and from {ranges[1]}, by which NRMSE divides; extract both with one "
+            f"--label-range, or, {way}"
+        )
+    if len(other.row) != len(first.row):
+        raise RunError(
+            f"{both}, and score {len(other.row):,} and {len(first.row):,} rows; take the same rows, or, {way}"
+        )
+    for place in range(len(first.row)):
+        theirs, ours = [(p.row[place], p.ids[place], float(p.target[place])) for p in (other, first)]
+        if theirs != ours:
+            raise RunError(
+                f"{both}, and score different rows: line {place} of one is row {theirs[0]} (id {theirs[1]!r}, gold "
+                f"{theirs[2]:g}), of the other row {ours[0]} (id {ours[1]!r}, gold {ours[2]:g}); {way}"
+            )
+
+
+def _join(place: Place, report: Place) -> Place:
+    known = {entry.method.label for entry in place.entries}
+    for entry in report.entries:
+        if entry.method.label in known:
+            raise RunError(
+                f"{report.source} and {place.source} both hold {entry.method.label} on {place.dataset} with "
+                f"{place.backbone}; tell them apart by a third name: ,,NAME={report.source}"
+            )
+    return replace(
+        place,
+        entries=[*place.entries, *report.entries],
+        notes=[*place.notes, *report.notes],
+        backbone_parameters=place.backbone_parameters or report.backbone_parameters,
+    )

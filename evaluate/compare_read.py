@@ -1,0 +1,225 @@
+"""A report folder, read back: the methods of one data set and LLM, for `relish compare`.
+
+Reports that an earlier relish wrote lack validation figures, costs and the data set's name; everything else is there.
+"""
+
+import csv
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..cache.errors import RunError
+from ..train.metrics import METRICS, label_width
+from .compare_methods import Method
+from .summary import EXTRAS, Estimate
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A report folder, and what its user calls its parts; an empty name leaves what the report says."""
+
+    path: Path
+    dataset: str = ""
+    backbone: str = ""
+    variant: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One method in one place."""
+
+    method: Method
+    seeds: tuple[int, ...]
+    """Of its cells that count."""
+    predictions: Array
+    """(S, N), in the order of `seeds`."""
+    metrics: dict[str, Estimate]
+    """Means over the seeds, for each name in METRICS."""
+    parameters: int
+    """Trained ones; those of an adapter come on top."""
+    extras: dict[str, float | None]
+    """For each name in EXTRAS."""
+    note: str
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """One data set with one LLM, and every method there."""
+
+    dataset: str
+    backbone: str
+    split: str
+    label_range: tuple[float, float]
+    ids: list[str]
+    row: list[int]
+    """Positions in the input file, N of them."""
+    target: Array
+    """(N,) gold scores."""
+    backbone_parameters: int | None
+    """None where the report does not say."""
+    entries: list[Entry]
+    notes: list[str]
+    """Sentences on what does not count, or must be known."""
+    source: Path
+    """The first report of the place, for messages."""
+
+
+def load_report(source: Source) -> Place:
+    """Read results.json and predictions.csv of one report folder.
+
+    Raises:
+        RunError: if it is no report folder, is damaged, says no data set, or its two files do not belong together.
+    """
+    path = source.path
+    results = _read_results(path)
+    try:
+        meta = results["meta"]
+        dataset = source.dataset or meta.get("task")
+        if not dataset:
+            raise RunError(
+                f"{path / 'results.json'} does not say what its data set is called; name it: NAME={path}"
+                + ("" if "task" in meta else " (reports say it since they name their task; evaluating again helps too)")
+            )
+        adapter = adapter_name(meta)
+        groups = {(g["head"], g["depth"]): g for g in results["groups"]}
+        low, high = results["label_range"]
+        label_width((low, high))
+        predictions = _read_predictions(path / "predictions.csv")
+        entries, notes = [], []
+        for (head, depth), group in groups.items():
+            method = Method(head, depth, adapter, source.variant)
+            cells = [c for c in results["cells"] if (c["head"], c["depth"], "status" in c) == (head, depth, False)]
+            lines = [predictions.values[head, depth, cell["seed"]] for cell in cells]
+            entries.append(
+                Entry(
+                    method=method,
+                    seeds=tuple(cell["seed"] for cell in cells),
+                    predictions=np.stack(lines),
+                    metrics={name: _estimate(group[name]) for name in METRICS},
+                    parameters=group["parameters"],
+                    extras={name: group.get(name) for name in EXTRAS},
+                    note=group.get("note", ""),
+                )
+            )
+            for cell, line in zip(cells, lines, strict=True):
+                _refuse_other_figures(path, cell, line, predictions.target, (low, high))
+        for cell in results["cells"]:
+            if "status" in cell:
+                label = Method(cell["head"], cell["depth"], adapter, source.variant).label
+                status = " ".join(cell["status"].split())
+                notes.append(f"{label}, seed {cell['seed']}, does not count: {status}")
+        parameters = meta.get("backbone parameters")
+        return Place(
+            dataset=dataset,
+            backbone=source.backbone or meta["model"],
+            split=results["split"],
+            label_range=(float(low), float(high)),
+            ids=predictions.ids,
+            row=predictions.row,
+            target=predictions.target,
+            backbone_parameters=int(str(parameters).replace(",", "")) if parameters is not None else None,
+            entries=entries,
+            notes=notes,
+            source=path,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise _damaged(path, repr(error)) from None
+
+
+def adapter_name(meta: dict[str, Any]) -> str:
+    """What tables call the adapter of a report; empty if its LLM is frozen."""
+    if not meta.get("adapter"):
+        return ""
+    return str(meta.get("adapter method") or "tuned")
+
+
+def _read_results(path: Path) -> dict[str, Any]:
+    file = path / "results.json"
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise RunError(
+            f"{path} is no report folder: it has no results.json; make one with: relish evaluate RUNS --out {path}"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(path, str((isinstance(error, OSError) and error.strerror) or error)) from None
+    if not isinstance(results, dict):
+        raise _damaged(path, "results.json is no object")
+    return results
+
+
+@dataclass(frozen=True, eq=False)
+class _Predictions:
+    ids: list[str]
+    row: list[int]
+    target: Array
+    values: dict[tuple[str, int, int], Array]
+    """(head, depth, seed) to (N,)."""
+
+
+def _read_predictions(path: Path) -> _Predictions:
+    """Read predictions.csv, whose cells follow one another, each with the same rows.
+
+    Raises:
+        RunError: if it is missing.
+        ValueError: if it is not so.
+    """
+    rows: list[tuple[str, str, str]] = []
+    values: dict[tuple[str, int, int], list[float]] = {}
+    try:
+        for (head, depth, seed), row, value in _csv_lines(path):
+            cell = values.setdefault((head, int(depth), int(seed)), [])
+            if len(values) == 1:
+                rows.append(row)
+            elif row != rows[len(cell)]:
+                raise ValueError(f"{path.name} has other rows for {head}, seed {seed}")
+            cell.append(float(value) if value else math.nan)
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be read ({error.strerror or error}); evaluate again with --out {path.parent}"
+        ) from None
+    if any(len(cell) != len(rows) for cell in values.values()):
+        raise ValueError(f"{path.name} is cut off")
+    return _Predictions(
+        ids=[name for name, _, _ in rows],
+        row=[int(row) for _, row, _ in rows],
+        target=np.array([float(target) for _, _, target in rows]),
+        values={name: np.array(cell) for name, cell in values.items()},
+    )
+
+
+def _csv_lines(path: Path) -> Iterator[tuple[tuple[str, str, str], tuple[str, str, str], str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = csv.reader(file)
+        if next(lines, None) != ["head", "depth", "seed", "id", "row", "target", "prediction"]:
+            raise ValueError(f"{path.name} has other columns")
+        for head, depth, seed, name, row, target, value in lines:
+            yield (head, depth, seed), (name, row, target), value
+
+
+def _estimate(value: dict[str, Any]) -> Estimate:
+    def number(item: float | None) -> float:
+        return math.nan if item is None else float(item)
+
+    low, high = value["ci95"]
+    return {"mean": number(value["mean"]), "sd": number(value["sd"]), "ci95": (number(low), number(high))}
+
+
+def _refuse_other_figures(
+    path: Path, cell: dict[str, Any], line: Array, target: Array, label_range: tuple[float, float]
+) -> None:
+    nrmse = math.sqrt(float(np.mean((line - target) ** 2))) / label_width(label_range)
+    if not math.isclose(nrmse, cell["nrmse"], rel_tol=1e-6, abs_tol=1e-9):
+        raise _damaged(path, "results.json and predictions.csv are of different evaluations")
+
+
+def _damaged(path: Path, why: str) -> RunError:
+    return RunError(f"the report {path} cannot be used ({why}); evaluate again with --out {path}")

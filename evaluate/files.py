@@ -5,7 +5,7 @@ import io
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,17 @@ from ..train.metrics import METRICS
 from ..train.saving import writing
 from .summary import Results
 
+COMPARISON_FILES = ("comparison.json", "comparison.md", "depth.png", "comparison.html")
 REPORT_FILES = ("results.json", "results.csv", "predictions.csv", "scatter.png", "depth.png", "report.html")
 _STAGE = ".report.tmp"
 
 
-def check_report_folder(folder: Path) -> None:
+def check_report_folder(folder: Path, files: Sequence[str] = REPORT_FILES) -> None:
     """Refuse a place that is no folder for a report: new, empty, or with an earlier report's files alone.
+
+    Args:
+        folder: the place.
+        files: what a report of this kind is made of.
 
     Raises:
         RunError: naming a file that is none of a report's.
@@ -32,13 +37,14 @@ def check_report_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is a file; the report needs a folder")
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    others = [name for name in names if name not in REPORT_FILES and not name.startswith(".")]
+    others = [name for name in names if name not in files and not name.startswith(".")]
     if others:
-        raise RunError(f"{folder} holds other files than a report's, such as {others[0]}; choose a new or empty folder")
+        kind = "report" if files is REPORT_FILES else "comparison"
+        raise RunError(f"{folder} holds other files than a {kind}'s, such as {others[0]}; choose a new or empty folder")
 
 
 @contextmanager
-def changing_report(folder: Path) -> Iterator[Path]:
+def changing_report(folder: Path, files: Sequence[str] = REPORT_FILES) -> Iterator[Path]:
     """Give a hidden folder to write a report's files into; they move into `folder` once all are complete.
 
     So a full disk or a killed process leaves the old report as it was, unless it is killed between two renames: then
@@ -57,7 +63,7 @@ def changing_report(folder: Path) -> Iterator[Path]:
             for path in stage.iterdir():
                 with path.open("rb+") as file:
                     os.fsync(file.fileno())
-            for name in REPORT_FILES:
+            for name in files:
                 if (stage / name).exists():
                     (stage / name).replace(folder / name)
                 else:
@@ -83,7 +89,7 @@ def results_json(results: Results) -> dict[str, Any]:
         | ({"note": g.note} if g.note else {})
         for g in results.groups
     ]
-    return _plain(
+    return plain(
         {
             "split": results.split,
             "rows": results.rows,
@@ -95,14 +101,14 @@ def results_json(results: Results) -> dict[str, Any]:
     )
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The value in JSON's own types."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, np.generic):
-        return _plain(value.item())
+        return plain(value.item())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)

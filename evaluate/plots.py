@@ -38,9 +38,9 @@ def plot_scatter(results: Results, path: Path) -> None:
     low, high = results.label_range
     margin = 0.03 * (high - low)
 
-    figure = _figure((5.8, 6.1))
+    figure = draw_figure((5.8, 6.1))
     axes = figure.add_subplot()
-    _style(axes)
+    set_style(axes)
     alpha = float(np.clip(300 / len(gold), 0.08, 0.75))
     axes.scatter(gold, predicted, s=14, color=_BLUE, alpha=alpha, linewidths=0, label="one row", zorder=2)
     axes.plot(
@@ -58,10 +58,10 @@ def plot_scatter(results: Results, path: Path) -> None:
     axes.set_xlabel("Gold score")
     seeds = f", mean of {group.seeds} seeds" if group.seeds > 1 else ""
     axes.set_ylabel(f"Predicted score{seeds}")
-    _title(axes, f"{group.label} on {results.split}", _figures_line(group))
+    set_title(axes, f"{group.label} on {results.split}", _figures_line(group))
     legend = axes.legend(loc="upper left", frameon=True, framealpha=0.9, edgecolor="none", fontsize=8.5)
     legend.legend_handles[0].set_alpha(0.9)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_depth(results: Results, path: Path) -> bool:
@@ -79,22 +79,22 @@ def plot_depth(results: Results, path: Path) -> bool:
     others = [group for group in results.groups if group.head != "relish"]
     if len(curve) < 2:
         return False
-    figure = _figure((10.4, 3.7))
+    figure = draw_figure((10.4, 3.7))
     for place, name in enumerate(("pearson", "spearman", "nrmse")):
         axes = figure.add_subplot(1, 3, place + 1)
-        _style(axes)
+        set_style(axes)
         _draw_depth(axes, name, results, curve)
         for index, group in enumerate(others):
             colour, dashes = _OTHERS[index % len(_OTHERS)]
             mean = group.metrics[name]["mean"]
             axes.axhline(mean, color=colour, linewidth=1.6, linestyle=(0, dashes), label=group.label, zorder=2)
         better = "lower is better" if name == "nrmse" else "higher is better"
-        _title(axes, METRIC_NAMES[name], better)
+        set_title(axes, METRIC_NAMES[name], better)
         axes.set_xlabel("Depth L")
         axes.set_xticks([group.depth for group in curve])
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False, fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)
     return True
 
 
@@ -131,7 +131,7 @@ def _figures_line(group: Summary) -> str:
     return "   ".join(parts)
 
 
-def _figure(size: tuple[float, float]) -> Any:
+def draw_figure(size: tuple[float, float]) -> Any:
     """An empty figure of this many inches, its canvas Agg."""
     module = require_extra("matplotlib.figure", "report", "Drawing figures")
     agg = require_extra("matplotlib.backends.backend_agg", "report", "Drawing figures")
@@ -140,7 +140,8 @@ def _figure(size: tuple[float, float]) -> Any:
     return figure
 
 
-def _style(axes: Any) -> None:
+def set_style(axes: Any) -> None:
+    """The look of every axes: two spines, a faint grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_GREY)
     axes.tick_params(colors=_INK, labelsize=9, color=_GREY)
@@ -150,13 +151,15 @@ def _style(axes: Any) -> None:
     axes.yaxis.label.set_size(10)
 
 
-def _title(axes: Any, first: str, second: str) -> None:
+def set_title(axes: Any, first: str, second: str) -> None:
+    """A title and a smaller line below it."""
     # parse_math off: a head or a split whose name holds a dollar sign is no formula.
     axes.set_title(first, loc="left", fontsize=11.5, fontweight="bold", color=_INK, pad=23, parse_math=False)
     where: dict[str, Any] = {"xycoords": "axes fraction", "xytext": (0, 8), "textcoords": "offset points"}
     axes.annotate(second, (0, 1), fontsize=9, color="#555555", in_layout=False, **where)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=_DPI, format="png")

@@ -49,7 +49,7 @@ def write_report(results: Results, folder: Path) -> Path:
     Raises:
         MissingExtraError: if matplotlib or jinja2 is not installed.
     """
-    jinja2 = require_extra("jinja2", "report", "Writing the report")
+    require_extra("jinja2", "report", "Writing the report")  # before anything is drawn
     folder.mkdir(parents=True, exist_ok=True)
     best = results.best
     figures = []
@@ -59,12 +59,8 @@ def write_report(results: Results, folder: Path) -> Path:
     if plot_depth(results, folder / "depth.png"):
         figures.append(("depth", "Pearson, Spearman and NRMSE against the depth of the head", folder / "depth.png"))
 
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"number": format_number, "depth": format_depth, "parts": format_estimate}
-    template = environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
-    html = template.render(
+    html = render_page(
+        "report.html",
         results=results,
         best=best,
         headline=headline(results),
@@ -74,13 +70,31 @@ def write_report(results: Results, folder: Path) -> Path:
         metrics=METRICS,
         names=METRIC_NAMES,
         heading=heading,
-        figures={name: {"alt": alt, "source": _data_uri(path)} for name, alt, path in figures},
+        figures={name: {"alt": alt, "source": data_uri(path)} for name, alt, path in figures},
         worst=worst_rows(results),
         meta=_shown(results.meta),
     )
     path = folder / "report.html"
     write_text_durably(path, html)
     return path
+
+
+def render_page(template: str, **values: Any) -> str:
+    """Fill one of the templates beside this file; everything from outside is escaped.
+
+    Raises:
+        MissingExtraError: if jinja2 is not installed.
+    """
+    jinja2 = require_extra("jinja2", "report", "Writing the report")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": format_number, "depth": format_depth, "parts": format_estimate}
+    return environment.get_template(template).render(**values)
 
 
 def headline(results: Results) -> str:
@@ -134,5 +148,6 @@ def _shown(meta: dict[str, Any]) -> dict[str, str]:
     return {name: f"{v:,}" if type(v) is int else str(v) for name, v in meta.items() if v is not None}
 
 
-def _data_uri(path: Path) -> str:
+def data_uri(path: Path) -> str:
+    """A PNG as the source of an image, so that a page loads nothing."""
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")

@@ -79,9 +79,11 @@ def to_markdown(results: Results) -> str:
 _LATEX = {character: f"\\{character}" for character in "&%$#_{}"}
 _LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 _LATEX |= {"↑": r"$\uparrow$", "↓": r"$\downarrow$", "±": r"$\pm$", "−": "$-$", "–": "--"}
+_LATEX |= {"*": "$^*$", "†": r"$^\dagger$", "‡": r"$^\ddagger$", "<": "$<$"}
 
 
-def _latex(text: str) -> str:
+def latex(text: str) -> str:
+    """The text with everything that LaTeX would take for its own."""
     return "".join(_LATEX.get(character, character) for character in text)
 
 
@@ -97,21 +99,26 @@ def to_latex(results: Results) -> str:
         *(f"% {note}" for note in notes(results)),
         rf"\begin{{tabular}}{{l{'r' * (3 + len(METRICS))}}}",
         r"\toprule",
-        " & ".join(["Head", "$L$", "Parameters", "Seeds", *(_latex(heading(name)) for name in METRICS)]) + r" \\",
+        " & ".join(["Head", "$L$", "Parameters", "Seeds", *(latex(heading(name)) for name in METRICS)]) + r" \\",
         r"\midrule",
     ]
     for group in results.groups:
         columns = [group.head, format_depth(group.depth), f"{group.parameters:,}", str(group.seeds)]
-        columns = [_latex(column) for column in columns]
+        columns = [latex(column) for column in columns]
         for name in METRICS:
-            mean, spread, _ = (_latex(part) for part in format_estimate(group.metrics[name]))
+            mean, spread, _ = (latex(part) for part in format_estimate(group.metrics[name]))
             mean = rf"\textbf{{{mean}}}" if group.metrics[name]["mean"] == best[name] else mean
             columns.append(rf"{mean} {{\scriptsize {spread}}}" if spread else mean)
         lines.append(" & ".join(columns) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
-_PLAIN = str.maketrans({"↑": "^", "↓": "v", "±": "+-", "−": "-", "–": "-"})
+_PLAIN = str.maketrans({"↑": "^", "↓": "v", "±": "+-", "−": "-", "–": "-", "†": "+", "‡": "#", "×": "x", "≤": "<="})
+
+
+def fit(text: str, console: "Console") -> str:
+    """The text in the terminal's encoding: Python raises for a character that it lacks, as Windows' lack the arrows."""
+    return text if console.encoding.lower().startswith("utf") else text.translate(_PLAIN)
 
 
 def print_table(results: Results, console: "Console") -> None:
@@ -120,20 +127,19 @@ def print_table(results: Results, console: "Console") -> None:
     from rich.table import Table
     from rich.text import Text
 
-    def fit(text: str) -> str:
-        # Python raises for a character that the terminal's encoding lacks, as Windows' code pages lack the arrows.
-        return text if console.encoding.lower().startswith("utf") else text.translate(_PLAIN)
+    def shown(text: str) -> str:
+        return fit(text, console)
 
     best = best_means(results)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, caption_justify="left")
-    table.caption = Text(fit(" ".join([caption(results), *notes(results)])))
+    table.caption = Text(shown(" ".join([caption(results), *notes(results)])))
     table.add_column("head", overflow="fold")
     for title in ("L", "parameters", "seeds", *map(heading, PAPER_METRICS)):
-        table.add_column(fit(title), justify="right", no_wrap=True)
+        table.add_column(shown(title), justify="right", no_wrap=True)
     for group in results.groups:
-        columns = [Text(group.head), fit(format_depth(group.depth)), f"{group.parameters:,}", str(group.seeds)]
+        columns = [Text(group.head), shown(format_depth(group.depth)), f"{group.parameters:,}", str(group.seeds)]
         for name in PAPER_METRICS:
-            mean, spread, interval = map(fit, format_estimate(group.metrics[name]))
+            mean, spread, interval = map(shown, format_estimate(group.metrics[name]))
             text = Text(mean, style="bold" if group.metrics[name]["mean"] == best[name] else "")
             text.append(f" {spread}" if spread else "", style="not bold")
             text.append(f"\n{interval}" if interval else "", style="not bold dim")

@@ -31,8 +31,8 @@ GRID = [("relish", depth, seed) for depth in (1, 2, 4) for seed in (0, 1)] + [("
 def drawn(monkeypatch):
     """The figures that were saved, to look into what was drawn."""
     figures = []
-    save = plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, path: (figures.append(figure), save(figure, path)))
+    save = plots.save_figure
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: (figures.append(figure), save(figure, path)))
     return figures
 
 

@@ -1,0 +1,73 @@
+"""What a comparison says in sentences: where RELISH stands, and what must be known to read the tables."""
+
+import math
+
+from ..train.metrics import HIGHER_IS_BETTER, METRIC_NAMES, PAPER_METRICS
+from .compare import Comparison
+from .compare_duels import Duel
+from .compare_methods import CONTENDERS
+
+
+def headline(comparison: Comparison) -> str:
+    """Where RELISH stands, in one or two sentences."""
+    label = CONTENDERS["relish"]
+    if not any("relish" in chosen for chosen in comparison.choices):
+        return f"{count_places(comparison)}; no RELISH head on the frozen LLM is among the methods."
+    if not any(duel.contender == label for duel in comparison.rivals):
+        return f"{count_places(comparison)}; there is no other method than RELISH."
+    firsts, tallies = [], []
+    for metric in PAPER_METRICS:
+        own = [d for d in comparison.rivals if (d.contender, d.metric) == (label, metric)]
+        first = sum(_is_first(comparison, duel) for duel in own)
+        firsts.append(f"{METRIC_NAMES[metric]} in {first} of {len(own)}")
+        tally = [sum(duel.outcome == outcome for duel in own) for outcome in ("win", "tie", "loss")]
+        tallies.append(f"{METRIC_NAMES[metric]} {'/'.join(map(str, tally))}")
+    return (
+        f"{count_places(comparison)}: RELISH has the best {', '.join(firsts)}. Wins/ties/losses against the best "
+        f"rival: {', '.join(tallies)}."
+    )
+
+
+def remarks(comparison: Comparison) -> list[str]:
+    """Sentences that must be known to read the tables: how was chosen, what does not count, what methods note."""
+    found = []
+    for place, chosen in zip(comparison.places, comparison.choices, strict=True):
+        where = f"{place.dataset} with {place.backbone}"
+        found += [
+            f"{where}: {choice.entry.method.label} was chosen by its test NRMSE, which favours it, since not every "
+            "candidate has validation figures (evaluate again: reports have them now)."
+            for choice in chosen.values()
+            if choice.by == "test"
+        ]
+        found += [f"{where}: {note.rstrip('.')}." for note in place.notes]
+        found += [f"{where}: {e.method.label}: {e.note.rstrip('.')}." for e in place.entries if e.note]
+    by_test = sorted({(d.dataset, d.backbone) for d in comparison.rivals if d.by == "test"})
+    if by_test:
+        found.append(
+            "The best rival was chosen with the help of test figures, which favours the rival, where some rivals have "
+            f"no validation figures: {', '.join(f'{dataset} with {backbone}' for dataset, backbone in by_test)}."
+        )
+    return found
+
+
+def count_places(comparison: Comparison) -> str:
+    """`5 data sets, 2 LLMs`."""
+    return f"{count('data set', len(comparison.datasets))}, {count('LLM', len(comparison.backbones))}"
+
+
+def count(what: str, number: int) -> str:
+    """`1 LLM`, `2 LLMs`."""
+    return f"{number} {what}{'s' if number > 1 else ''}"
+
+
+def _is_first(comparison: Comparison, duel: Duel) -> bool:
+    """Whether the contender's figure is at least that of every method outside RELISH, chosen by no figures at all."""
+    same = [
+        other
+        for other in comparison.duels
+        if (other.dataset, other.backbone, other.contender, other.metric)
+        == (duel.dataset, duel.backbone, duel.contender, duel.metric)
+        and other.opponent not in CONTENDERS.values()
+    ]
+    up = HIGHER_IS_BETTER[duel.metric]
+    return all(math.isnan(o.theirs) or (o.ours >= o.theirs if up else o.ours <= o.theirs) for o in same)

@@ -1,4 +1,4 @@
-"""`relish evaluate | predict | demo`."""
+"""`relish evaluate | compare | predict | demo`."""
 
 import json
 from enum import Enum
@@ -11,12 +11,13 @@ import typer
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command(no_args_is_help=True)(evaluate)
+    app.command(no_args_is_help=True)(compare)
     app.command(no_args_is_help=True)(predict)
     app.command()(demo)
 
 
 class Format(str, Enum):
-    """How `relish evaluate` prints its table."""
+    """How tables are printed."""
 
     table = "table"
     markdown = "markdown"
@@ -60,6 +61,71 @@ def evaluate(
         typer.echo(to_markdown(results) if format_ is Format.markdown else to_latex(results))
     if out is not None:
         typer.echo(f"report: {out / 'report.html'}", err=format_ is not Format.table)
+
+
+def compare(
+    reports: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="REPORT...",
+            help="Folders that relish evaluate --out wrote; DATASET,BACKBONE,VARIANT=REPORT names their parts.",
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder for comparison.json, comparison.md, comparison.html and the plot."),
+    ] = None,
+    resamples: Annotated[
+        int, typer.Option(help="Draws of the bootstrap, and of the permutation test, for each pair of methods.")
+    ] = 2000,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="Show the paper's own averages below the macro average.")
+    ] = False,
+    format_: Annotated[Format, typer.Option("--format", help="How the tables are printed.")] = Format.table,
+    as_json: Annotated[bool, typer.Option("--json", help="Print comparison.json instead of tables.")] = False,
+) -> None:
+    """Put reports of several data sets, LLMs and adapters into one comparison, with tests on the same rows.
+
+    RELISH, its depth chosen by validation figures, against every other method: paired bootstrap and permutation tests,
+    Holm's correction over data sets, wins, ties and losses, macro averages, costs.
+
+    A report says its data set (the task of its cache) and its LLM. Names before an = replace them; a third one tells
+    reports apart that hold the same methods, such as those of two layers. Any of the three may be empty.
+
+    Examples:
+
+    \b
+    relish compare report-stsb report-sick --out comparison
+    relish compare essays=report-essays stsb,SmolLM2=report-stsb ,,mse=report-stsb-mse --format markdown
+    """
+    from .compare import compare_reports
+    from .compare_json import comparison_json
+    from .compare_load import parse_source
+    from .compare_report import check_comparison_folder, save_comparison
+    from .compare_sheets import sheets
+    from .compare_tables import print_sheets, sheets_to_latex, sheets_to_markdown
+    from .compare_words import headline, remarks
+
+    sources = [parse_source(report) for report in reports]
+    if out is not None:
+        check_comparison_folder(out)
+    with _Bar("compare", "pairs") as bar:
+        comparison = compare_reports(sources, resamples=resamples, progress=bar.show)
+    if out is not None:
+        save_comparison(comparison, out, paper=paper)
+    if as_json:
+        typer.echo(json.dumps(comparison_json(comparison, paper=paper), indent=2))
+        return
+    tables, said, title = sheets(comparison, paper=paper), remarks(comparison), headline(comparison)
+    if format_ is Format.table:
+        from rich.console import Console
+
+        print_sheets(title, tables, said, Console())
+    else:
+        markdown = format_ is Format.markdown
+        typer.echo(sheets_to_markdown(title, tables, said) if markdown else sheets_to_latex(tables, said))
+    if out is not None:
+        typer.echo(f"comparison: {out / 'comparison.html'}", err=format_ is not Format.table)
 
 
 def predict(

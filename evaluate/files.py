@@ -39,7 +39,7 @@ def check_report_folder(folder: Path, files: Sequence[str] = REPORT_FILES) -> No
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     others = [name for name in names if name not in files and not name.startswith(".")]
     if others:
-        kind = "report" if files is REPORT_FILES else "comparison"
+        kind = "report" if "report.html" in files else "comparison"
         raise RunError(f"{folder} holds other files than a {kind}'s, such as {others[0]}; choose a new or empty folder")
 
 

@@ -1,7 +1,7 @@
 """speed.json: how long the LLM took for the rows of a cache. For cost tables only.
 
 It holds wall times, so it is no part of what a cache promises: not sealed, not in the manifest, not looked at by
-`verify`; where it is missing or damaged, times are unknown, and nothing fails.
+`verify`, not packed or merged; where it is missing or damaged, times are unknown, and nothing fails.
 """
 
 import json
@@ -18,7 +18,7 @@ SPEED = "speed.json"
 
 @dataclass(frozen=True)
 class Speed:
-    """What one kind of device computed, summed over extractions."""
+    """What one kind of device computed, summed over the extractions that ran to their end."""
 
     rows: int
     tokens: int
@@ -29,10 +29,8 @@ class Speed:
 def add_speed(folder: Path, device: str, *, rows: int, tokens: int, seconds: float) -> None:
     """Add an extraction to a cache's speed.json; for the one who holds the folder's lock.
 
-    Nothing is written for an extraction that computed nothing, or where it cannot be.
+    Where it cannot be written, nothing is.
     """
-    if not tokens:
-        return
     speeds = read_speeds(folder)
     before = speeds.get(device, Speed(0, 0, 0.0))
     speeds[device] = Speed(before.rows + rows, before.tokens + tokens, before.seconds + seconds)

@@ -43,8 +43,8 @@ class Entry:
     """(S, N), in the order of `seeds`."""
     metrics: dict[str, Estimate]
     """Means over the seeds, for each name in METRICS."""
-    parameters: int
-    """Trained ones; those of an adapter come on top."""
+    parameters: int | None
+    """All that were trained, those of the adapter too; None where the report does not say how many these are."""
     extras: dict[str, float | None]
     """For each name in EXTRAS."""
     note: str
@@ -89,6 +89,7 @@ def load_report(source: Source) -> Place:
                 + ("" if "task" in meta else " (reports say it since they name their task; evaluating again helps too)")
             )
         adapter = adapter_name(meta)
+        tuned = tuning_costs(meta)
         groups = {(g["head"], g["depth"]): g for g in results["groups"]}
         low, high = results["label_range"]
         label_width((low, high))
@@ -104,8 +105,11 @@ def load_report(source: Source) -> Place:
                     seeds=tuple(cell["seed"] for cell in cells),
                     predictions=np.stack(lines),
                     metrics={name: _estimate(group[name]) for name in METRICS},
-                    parameters=group["parameters"],
-                    extras={name: group.get(name) for name in EXTRAS},
+                    parameters=_sum(group["parameters"], tuned["parameters"]),
+                    extras={
+                        **{name: group.get(name) for name in EXTRAS},
+                        "train_seconds": _sum(group.get("train_seconds"), tuned["seconds"]),
+                    },
                     note=group.get("note", ""),
                 )
             )
@@ -116,7 +120,6 @@ def load_report(source: Source) -> Place:
                 label = Method(cell["head"], cell["depth"], adapter, source.variant).label
                 status = " ".join(cell["status"].split())
                 notes.append(f"{label}, seed {cell['seed']}, does not count: {status}")
-        parameters = meta.get("backbone parameters")
         return Place(
             dataset=dataset,
             backbone=source.backbone or meta["model"],
@@ -125,7 +128,7 @@ def load_report(source: Source) -> Place:
             ids=predictions.ids,
             row=predictions.row,
             target=predictions.target,
-            backbone_parameters=int(str(parameters).replace(",", "")) if parameters is not None else None,
+            backbone_parameters=_integer(meta.get("backbone parameters")),
             entries=entries,
             notes=notes,
             source=path,
@@ -139,6 +142,17 @@ def adapter_name(meta: dict[str, Any]) -> str:
     if not meta.get("adapter"):
         return ""
     return str(meta.get("adapter method") or "tuned")
+
+
+def tuning_costs(meta: dict[str, Any]) -> dict[str, int | float | None]:
+    """What the adapter adds to what a head costs: "parameters" and "seconds"; 0 without one, None if not known."""
+    if not meta.get("adapter"):
+        return {"parameters": 0, "seconds": 0}
+    seconds = meta.get("adapter seconds")
+    return {
+        "parameters": _integer(meta.get("adapter parameters")),
+        "seconds": float(str(seconds).replace(",", "")) if seconds is not None else None,
+    }
 
 
 def _read_results(path: Path) -> dict[str, Any]:
@@ -203,6 +217,15 @@ def _csv_lines(path: Path) -> Iterator[tuple[tuple[str, str, str], tuple[str, st
             raise ValueError(f"{path.name} has other columns")
         for head, depth, seed, name, row, target, value in lines:
             yield (head, depth, seed), (name, row, target), value
+
+
+def _integer(value: object) -> int | None:
+    """Of a number as a cache's made_by has it: "134,515,008"."""
+    return int(str(value).replace(",", "")) if value is not None else None
+
+
+def _sum(first: Any, second: Any) -> Any:
+    return first + second if first is not None and second is not None else None
 
 
 def _estimate(value: dict[str, Any]) -> Estimate:

@@ -185,12 +185,13 @@ def _costs(comparison: Comparison, backbone: str) -> Sheet:
             have.setdefault(entry.method.label, []).append(entry)
     lines: dict[str, list[list[Figure]]] = {family: [] for family in FAMILIES.values()}
     for label, entries in sorted(have.items(), key=lambda one: one[1][0].method.order):
-        parameters = max(entry.parameters for entry in entries)
+        counts = [entry.parameters for entry in entries if entry.parameters is not None]
+        parameters = max(counts) if len(counts) == len(entries) else None
         lines[FAMILIES[entries[0].method.family]].append(
             [
                 Figure(label),
-                Figure(f"{parameters:,}"),
-                Figure(f"{100 * parameters / size:.3g} %" if size else _NONE),
+                Figure(f"{parameters:,}" if parameters is not None else _NONE),
+                Figure(f"{100 * parameters / size:.3g} %" if parameters is not None and size else _NONE),
                 Figure(_seconds(entry.extras["seconds_per_1000_rows"] for entry in entries)),
                 Figure(_seconds(entry.extras["train_seconds"] for entry in entries)),
             ]

@@ -122,7 +122,7 @@ def fill_cache(
     for text in writer.noted:
         note(f"note: {text}; hidden states may differ in their last bits")
     pending = [(name, rows, split, number) for name, rows, split in splits for number in split.pending()]
-    computed = computed_rows = 0
+    computed = 0
     started = time.perf_counter()
     if writer.lost_manifest and not pending:
         with writer.writing():
@@ -137,14 +137,11 @@ def fill_cache(
             if progress is not None:
                 progress.begin(len(todo), sum(todo))
             budget = Budget(settings.batch_tokens or backbone.default_batch_tokens)
-            try:
-                with ShardSink(skip=settings.on_nonfinite == "skip") as sink:
-                    for name, rows, split, number in pending:
-                        computed += _extract_shard(backbone, name, rows, split, number, budget, sink, progress)
-                        computed_rows += len(split.members(number))
-            finally:
-                seconds = time.perf_counter() - started
-                add_speed(folder, made_by["device"], rows=computed_rows, tokens=computed, seconds=seconds)
+            with ShardSink(skip=settings.on_nonfinite == "skip") as sink:
+                for name, rows, split, number in pending:
+                    computed += _extract_shard(backbone, name, rows, split, number, budget, sink, progress)
+            seconds = time.perf_counter() - started
+            add_speed(folder, made_by["device"], rows=len(todo), tokens=computed, seconds=seconds)
     records = [split.record for _, _, split in splits]
     shards = [shard for record in records for shard in record.shards]
     return ExtractSummary(

@@ -11,6 +11,7 @@ import torch
 
 from relish.cache.errors import CacheError, DataError, RunError
 from relish.cache.reader import open_cache
+from relish.cache.speed import add_speed
 from relish.evaluate.results import evaluate_runs
 from relish.train.diverged import DivergedCell, diverged_path, save_diverged
 from relish.train.grid import train_heads
@@ -39,6 +40,29 @@ def test_figures_are_those_of_the_loaded_heads_on_the_split(cache, runs):
     figures = score(split.target, alone, (0, 5))
     assert results.cells[4].metrics == pytest.approx(figures, abs=1e-5)
     assert results.ids == split.ids
+
+
+def test_cells_carry_validation_figures_and_what_they_cost(cache, runs, tmp_path):
+    timed = shutil.copytree(cache, tmp_path / "cache")
+    add_speed(timed, "cpu", rows=10, tokens=50, seconds=5.0)
+    for cell in evaluate_runs(runs).cells:
+        metrics = load_run(runs / f"{cell.head}-L{cell.depth}-seed{cell.seed}").metrics
+        assert cell.extras["val_nrmse"] == metrics["val"]["nrmse"] > 0
+        assert cell.extras["val_pearson"] == metrics["val"]["pearson"]
+        assert cell.extras["train_seconds"] == metrics["seconds"] > 0
+        assert cell.extras["seconds_per_1000_rows"] is None  # without the LLM's share it would mislead
+    results = evaluate_runs(runs, cache=timed)
+    tokens = open_cache(timed).manifest.splits["test"].tokens
+    llm = 1000 * 0.1 * tokens / 32
+    assert all(llm < cell.extras["seconds_per_1000_rows"] < llm + 1000 for cell in results.cells)
+
+
+def test_the_report_says_its_task_adapter_and_backbones_size(cache, runs, tmp_path):
+    sized = shutil.copytree(cache, tmp_path / "cache")
+    manifest = open_cache(sized).manifest
+    replace(manifest, task="stsb", made_by={"backbone_parameters": "1,234"}).save(sized)
+    meta = evaluate_runs(runs, cache=sized).meta
+    assert (meta["task"], meta["adapter"], meta["backbone parameters"]) == ("stsb", None, "1,234")
 
 
 def test_the_report_folder_holds_what_the_design_says(runs, tmp_path):

@@ -11,7 +11,7 @@ from rich.console import Console
 from relish.cache.errors import RelishError
 from relish.evaluate import files, tables
 from relish.evaluate.files import results_json, write_results
-from relish.evaluate.summary import CellPredictions, summarise
+from relish.evaluate.summary import EXTRAS, CellPredictions, summarise
 from relish.evaluate.tables import print_table, to_latex, to_markdown
 from relish.train.metrics import METRICS, score
 
@@ -73,10 +73,10 @@ def test_json_has_the_documented_keys():
     assert set(text) == {"split", "rows", "label_range", "cells", "groups", "meta"}
     assert (text["split"], text["rows"], text["label_range"], text["meta"]) == ("test", ROWS, [0, 5], {"model": "m"})
     for cell in text["cells"]:
-        assert list(cell) == ["head", "depth", "seed", "parameters", *METRICS]
+        assert list(cell) == ["head", "depth", "seed", "parameters", *METRICS, *EXTRAS]
         assert all(isinstance(cell[name], float) for name in METRICS)
     for group in text["groups"]:
-        assert list(group) == ["head", "depth", "seeds", "parameters", *METRICS]
+        assert list(group) == ["head", "depth", "seeds", "parameters", *METRICS, *EXTRAS]
         for name in METRICS:
             assert set(group[name]) == {"mean", "sd", "ci95"}
             assert len(group[name]["ci95"]) == 2
@@ -87,6 +87,26 @@ def test_json_has_null_for_what_does_not_exist():
     assert text["cells"][0]["pearson"] is None
     assert text["groups"][0]["pearson"] == {"mean": None, "sd": None, "ci95": [None, None]}
     assert text["groups"][0]["rmse"]["sd"] is None
+
+
+def test_validation_figures_costs_and_notes_go_from_cells_to_groups():
+    target = np.arange(4.0)
+    given = [
+        CellPredictions("relish", 1, 0, 9, target, val_nrmse=0.2, val_pearson=0.8, train_seconds=4.0, note="one."),
+        CellPredictions("relish", 1, 1, 9, target, val_nrmse=0.4, seconds_per_1000_rows=2.0, note="one."),
+        CellPredictions("relish", 1, 2, 9, target * np.nan, val_nrmse=9.0, note="does not count"),
+    ]
+    results = summarise("test", (0, 5), list("abcd"), range(4), target, given, {})
+    text = results_json(results)
+    assert [text["cells"][0][name] for name in EXTRAS] == [0.2, 0.8, 4.0, None]
+    (group,) = text["groups"]
+    assert group["val_nrmse"] == pytest.approx(0.3)
+    assert [group[name] for name in EXTRAS[1:]] == [None] * 3  # not known of every seed
+    assert [cell["note"] for cell in text["cells"]] == ["one.", "one.", "does not count"]
+    assert group["note"] == "one."
+    assert "note" not in results_json(make())["cells"][0]
+    for shown in (to_markdown(results), to_latex(results), printed(results)):
+        assert "relish, L = 1: one." in " ".join(shown.split())
 
 
 def test_json_takes_any_meta(tmp_path):

@@ -9,6 +9,7 @@ import relish
 from relish.cache.errors import CacheError, DataError
 from relish.cache.manifest import load_manifest
 from relish.cache.reader import open_cache
+from relish.cache.speed import SPEED, read_speeds, seconds_per_1000_rows
 from relish.cache.verify import verify_cache
 from relish.extract import pipeline
 from relish.extract.backbone import Backbone
@@ -63,7 +64,7 @@ def message(call, error):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != SPEED}
 
 
 # A cache from end to end
@@ -90,6 +91,7 @@ def test_rows_become_a_cache(extract, tmp_path, tiny_rows):
 
 def test_the_identity_says_what_made_it(extract, tmp_path, tiny_model):
     import transformers
+    from transformers import AutoModel
 
     extract(tmp_path / "c", layers=(1, 1.0), max_length=100, dtype="float16", prompt="Film: {text}")
     identity = open_cache(tmp_path / "c").identity
@@ -98,7 +100,13 @@ def test_the_identity_says_what_made_it(extract, tmp_path, tiny_model):
     assert (identity.dtype, identity.compute_dtype, identity.truncate) == ("float16", "float32", False)
     assert identity.transformers == transformers.__version__
     made_by = load_manifest(tmp_path / "c").made_by
-    assert made_by == {"relish": relish.__version__, "torch": torch.__version__, "device": "cpu"}
+    parameters = AutoModel.from_pretrained(tiny_model("llama")).num_parameters()  # of all layers, whatever is kept
+    assert made_by == {
+        "relish": relish.__version__,
+        "torch": torch.__version__,
+        "device": "cpu",
+        "backbone_parameters": f"{parameters:,}",
+    }
     assert str(tiny_model("llama").parent) not in (tmp_path / "c" / "manifest.json").read_text()
 
 
@@ -230,6 +238,33 @@ def test_what_is_there_is_not_computed_again(extract, tmp_path, monkeypatch):
     summary = extract(tmp_path / "c", progress=heard)
     assert (summary.computed_tokens, summary.rows) == (0, COUNT)
     assert (heard.begun, heard.notes) == ([], [])
+
+
+def test_the_speed_is_summed_over_extractions_and_never_a_reason_to_fail(extract, tmp_path, tiny_rows):
+    assert read_speeds(tmp_path / "c") == {}
+    first = extract(tmp_path / "c")
+    one = read_speeds(tmp_path / "c")["cpu"]
+    assert (one.rows, one.tokens) == (COUNT, first.tokens)
+    assert 0 < one.seconds <= first.seconds
+    extract(tmp_path / "c")  # computes nothing
+    assert read_speeds(tmp_path / "c") == {"cpu": one}
+    second = extract(tmp_path / "c", data={"test": tiny_rows(5, 1)})
+    both = read_speeds(tmp_path / "c")["cpu"]
+    assert (both.rows, both.tokens) == (COUNT + 5, first.tokens + second.tokens)
+    assert both.seconds > one.seconds
+    manifest = load_manifest(tmp_path / "c")
+    expected = 1000 * both.seconds / both.tokens * second.tokens / 5
+    assert seconds_per_1000_rows(tmp_path / "c", manifest, "test") == pytest.approx(expected)
+    for harm in ("", "{", "[]", '{"cpu": {"rows": 1}}', '{"cpu": {"rows": 1, "tokens": 0, "seconds": 1.0}}'):
+        (tmp_path / "c" / SPEED).write_text(harm)
+        assert verify_cache(open_cache(tmp_path / "c")) == []
+        assert seconds_per_1000_rows(tmp_path / "c", manifest, "test") is None
+    third = extract(tmp_path / "c", data={"dev": tiny_rows(4, 2)})
+    assert read_speeds(tmp_path / "c")["cpu"].tokens == third.tokens
+    (tmp_path / "c" / SPEED).unlink()
+    (tmp_path / "c" / SPEED).mkdir()
+    extract(tmp_path / "c", data={"more": tiny_rows(4, 3)})
+    assert seconds_per_1000_rows(tmp_path / "c", manifest, "test") is None
 
 
 def test_a_shard_that_fails_leaves_the_cache_as_it_was(extract, tmp_path, monkeypatch):

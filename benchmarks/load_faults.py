@@ -104,7 +104,7 @@ def listed(folder: Path) -> dict[str, int]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "speed.json"}
 
 
 def main() -> None:

@@ -152,6 +152,9 @@ def _labelled(split: Split) -> Rows:
     return Rows(split, np.arange(len(split)))
 
 
+_MADE_BY = {"parameters": "backbone parameters"}  # beside the head's recipe the bare word would be the head's
+
+
 def _meta(run: Run, cache: FeatureCache) -> dict[str, object]:
     identity = cache.identity
     return {
@@ -165,5 +168,5 @@ def _meta(run: Run, cache: FeatureCache) -> dict[str, object]:
         "compute dtype": identity.compute_dtype,
         "training rows": run.train_rows,
         **{name.replace("_", " "): value for name, value in run.settings.items() if value is not None},
-        **{name.replace("_", " "): value for name, value in cache.manifest.made_by.items()},
+        **{_MADE_BY.get(name, name.replace("_", " ")): value for name, value in cache.manifest.made_by.items()},
     }

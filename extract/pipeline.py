@@ -131,7 +131,7 @@ def fill_cache(
         with writer.writing():
             note(f"loading {backbone.files.name} ({backbone.compute_dtype}, {backbone.device})".replace("torch.", ""))
             backbone.load()
-            writer.made_with("backbone_parameters", f"{backbone.parameters:,}")
+            writer.made_with("parameters", f"{backbone.parameters:,}")
             started = time.perf_counter()
             todo = [len(rows.tokens[row]) for _, rows, split, number in pending for row in split.members(number)]
             if progress is not None:

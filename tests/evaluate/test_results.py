@@ -60,7 +60,7 @@ def test_cells_carry_validation_figures_and_what_they_cost(cache, runs, tmp_path
 def test_the_report_says_its_task_adapter_and_backbones_size(cache, runs, tmp_path):
     sized = shutil.copytree(cache, tmp_path / "cache")
     manifest = open_cache(sized).manifest
-    replace(manifest, task="stsb", made_by={"backbone_parameters": "1,234"}).save(sized)
+    replace(manifest, task="stsb", made_by={"parameters": "1,234"}).save(sized)
     meta = evaluate_runs(runs, cache=sized).meta
     assert (meta["task"], meta["adapter"], meta["backbone parameters"]) == ("stsb", None, "1,234")
 

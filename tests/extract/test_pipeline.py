@@ -105,7 +105,7 @@ def test_the_identity_says_what_made_it(extract, tmp_path, tiny_model):
         "relish": relish.__version__,
         "torch": torch.__version__,
         "device": "cpu",
-        "backbone_parameters": f"{parameters:,}",
+        "parameters": f"{parameters:,}",
     }
     assert str(tiny_model("llama").parent) not in (tmp_path / "c" / "manifest.json").read_text()
 

@@ -108,7 +108,7 @@ def load_report(source: Source) -> Place:
                     parameters=_sum(group["parameters"], tuned["parameters"]),
                     extras={
                         **{name: group.get(name) for name in EXTRAS},
-                        "train_seconds": _sum(group.get("train_seconds"), tuned["seconds"]),
+                        "train_seconds": _sum(_head_seconds(group), tuned["seconds"]),
                     },
                     note=group.get("note", ""),
                 )
@@ -153,6 +153,10 @@ def tuning_costs(meta: dict[str, Any]) -> dict[str, int | float | None]:
         "parameters": _integer(meta.get("adapter parameters")),
         "seconds": float(str(seconds).replace(",", "")) if seconds is not None else None,
     }
+
+
+def _head_seconds(group: dict[str, Any]) -> float | None:
+    return 0.0 if group["parameters"] == 0 else group.get("train_seconds")
 
 
 def _read_results(path: Path) -> dict[str, Any]:

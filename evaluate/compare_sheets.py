@@ -177,7 +177,7 @@ def _mean(entry: Entry, metric: str, best: float, mark: str) -> Figure:
 
 def _costs(comparison: Comparison, backbone: str) -> Sheet:
     own = [place for place in comparison.places if place.backbone == backbone]
-    sizes = {place.backbone_parameters for place in own}
+    sizes = {place.backbone_parameters for place in own if place.backbone_parameters is not None}
     size = sizes.pop() if len(sizes) == 1 else None
     have: dict[str, list[Entry]] = {}
     for place in own:

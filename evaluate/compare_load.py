@@ -61,9 +61,8 @@ def _refuse_other_rows(first: Place, other: Place) -> None:
             f"--label-range, or, {way}"
         )
     if len(other.row) != len(first.row):
-        raise RunError(
-            f"{both}, and score {len(other.row):,} and {len(first.row):,} rows; take the same rows, or, {way}"
-        )
+        counts = f"{len(other.row):,} and {len(first.row):,}"
+        raise RunError(f"{both}, and score {counts} rows; evaluate both on the same rows, or, {way}")
     for place in range(len(first.row)):
         theirs, ours = [(p.row[place], p.ids[place], float(p.target[place])) for p in (other, first)]
         if theirs != ours:

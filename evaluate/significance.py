@@ -19,7 +19,7 @@ Array = NDArray[np.float64]
 ALPHA = 0.05
 """Level at which a difference counts as a win or a loss, after Holm's correction."""
 _PLACES = [METRICS.index(name) for name in PAPER_METRICS]
-_ROUNDING = 1e-12  # of a difference of metrics: permutations that tie with the observed one must count as such
+_ROUNDING = 1e-12  # of a difference of metrics: ties with the observed one, and with 0, must count as such
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _difference(observed: float, resampled: Array, swapped: Array) -> Difference
 def bootstrap_p(resampled: Array) -> float:
     """Twice the smaller tail beyond 0 of the resampled differences (R,), plus one in count and total; at most 1."""
     resampled = resampled[np.isfinite(resampled)]
-    tail = min(np.count_nonzero(resampled <= 0), np.count_nonzero(resampled >= 0))
+    tail = min(np.count_nonzero(resampled <= _ROUNDING), np.count_nonzero(resampled >= -_ROUNDING))
     return min(1.0, 2 * (tail + 1) / (len(resampled) + 1))
 
 

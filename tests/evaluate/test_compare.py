@@ -44,7 +44,7 @@ def test_a_report_is_read_as_it_was_written(tmp_path):
     assert [entry.method.label for entry in place.entries] == ["ridge", "relish, L = 1", "relish, L = 2"]
     np.testing.assert_array_equal(np.concatenate([e.predictions for e in place.entries]), results.predictions)
     for entry, group in zip(place.entries, results.groups, strict=True):
-        assert entry.metrics == pytest.approx(group.metrics, nan_ok=True)
+        assert repr(entry.metrics) == repr(group.metrics)
         assert (entry.parameters, entry.extras) == (group.parameters, group.extras)
         assert entry.seeds == ((0,) if entry.method.head == "ridge" else (0, 1, 2))
 
@@ -415,8 +415,8 @@ def test_a_constant_rival_is_undefined_in_correlation(tmp_path):
 def test_json_has_everything_and_no_nan(compared, two):
     text = json.loads(json.dumps(comparison_json(compared, paper=True), allow_nan=False))
     assert (text["datasets"], text["backbones"], text["resamples"]) == (["stsb", "sick"], ["small", "large"], 200)
-    assert text["places"][0]["methods"][0]["method"] == "ridge"
-    assert text["places"][0]["methods"][0]["pearson"]["sd"] is None
+    ridge = text["places"][0]["methods"][1]
+    assert (ridge["method"], ridge["pearson"]["sd"]) == ("ridge", None)
     assert text["places"][0]["methods"][2]["train_seconds"] == 10
     assert text["chosen"][0] == {
         "dataset": "stsb",

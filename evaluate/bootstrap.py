@@ -46,62 +46,36 @@ def intervals(
     Raises:
         RelishError: if shapes do not fit, a value is not finite, or the label range is empty.
     """
-    means = resampled_figures(target, predictions, label_range, resamples, seed).mean(axis=0)
-    return {name: quantile_interval(line) for name, line in zip(METRICS, means, strict=True)}
-
-
-def resampled_figures(
-    target: ArrayLike,
-    predictions: ArrayLike,
-    label_range: Sequence[float],
-    resamples: int,
-    seed: int = 0,
-    *,
-    kendall: bool = True,
-) -> Array:
-    """Every metric of every seed on each resample: (S, 6, resamples), in the order of METRICS.
-
-    Args:
-        target, predictions, label_range, resamples, seed: as `intervals` has them.
-        kendall: whether to compute that too; it takes most of the time, and is NaN if not.
-
-    Raises:
-        RelishError: as `intervals` does.
-    """
     lines = np.asarray(predictions, dtype=np.float64)
     if lines.ndim != 2 or lines.shape[0] == 0:
         raise RelishError(f"predictions must be of shape (seeds, N) with at least one seed; got {lines.shape}")
     width = label_width(label_range)
-    pairs = [WeightedPair.prepare(*checked_pair(target, line), kendall=kendall) for line in lines]
-    figures = np.empty((len(pairs), len(METRICS), resamples))
+    pairs = [_Pair.prepare(*checked_pair(target, line)) for line in lines]
+    rows = lines.shape[1]
+
+    means = np.zeros((len(METRICS), resamples))
     start = 0
-    for weights in _draws(lines.shape[1], resamples, seed):
+    for weights in _draws(rows, resamples, seed):
         stop = start + weights.shape[1]
-        for place, pair in enumerate(pairs):
-            figures[place, :, start:stop] = pair.metrics(weights, width)
+        for pair in pairs:
+            means[:, start:stop] += pair.metrics(weights, width) / len(pairs)
         start = stop
-    return figures
+    return {name: _interval(line) for name, line in zip(METRICS, means, strict=True)}
 
 
 def _draws(rows: int, resamples: int, seed: int) -> Iterator[Array]:
     """Multiplicities (N, R) in blocks; each column sums to N. The draws do not depend on the block size."""
     rng = np.random.default_rng(seed)
-    for columns in blocks(rows, resamples):
+    block = min(64, max(1, _BLOCK_ELEMENTS // rows))
+    for start in range(0, resamples, block):
+        columns = min(block, resamples - start)
         weights = np.empty((rows, columns))
         for column in range(columns):
             weights[:, column] = np.bincount(rng.integers(rows, size=rows), minlength=rows)
         yield weights
 
 
-def blocks(rows: int, draws: int) -> Iterator[int]:
-    """How many draws to take at a time, so that (rows, draws) fits the processor's caches; they add up to `draws`."""
-    block = min(64, max(1, _BLOCK_ELEMENTS // rows))
-    for start in range(0, draws, block):
-        yield min(block, draws - start)
-
-
-def quantile_interval(values: Array) -> tuple[float, float]:
-    """The 2.5 % and 97.5 % quantiles of the values that are finite; (NaN, NaN) if none is."""
+def _interval(values: Array) -> tuple[float, float]:
     values = values[np.isfinite(values)]
     if values.size == 0:
         return math.nan, math.nan
@@ -130,29 +104,27 @@ class _Groups:
 
 
 @dataclass(frozen=True)
-class WeightedPair:
-    """Gold and predicted scores, with everything that does not depend on how often each row counts."""
+class _Pair:
+    """Gold and predicted scores of one seed, with everything that does not depend on the resample."""
 
     moments: Array  # (N, 7): y, p, y², p², yp of the centred scores; squared and absolute error
     y: _Groups
     p: _Groups
-    ties: "_Ties | None"
+    both: _Groups
+    levels: "list[_Level]"
 
     @classmethod
-    def prepare(cls, target: Array, prediction: Array, *, kendall: bool = True) -> "WeightedPair":
-        """Of (N,) scores; Kendall's tau, which takes most of the time, is NaN unless it is asked for."""
+    def prepare(cls, target: Array, prediction: Array) -> "_Pair":
         error = prediction - target
         a, b = target - target.mean(), prediction - prediction.mean()
         y, p = _Groups.of(target), _Groups.of(prediction)
+        both = _Groups.of(y.code * len(p.starts) + p.code)
         moments = np.stack((a, b, a * a, b * b, a * b, error * error, np.abs(error)), axis=1)
-        return cls(moments, y, p, _Ties.of(y, p) if kendall else None)
+        return cls(moments, y, p, both, _levels(y.code, p.code))
 
     def metrics(self, weights: Array, width: float) -> Array:
-        """All metrics (6, R), in the order of METRICS, for weights (N, R): how often each row counts.
-
-        Every column adds up to the same number.
-        """
-        rows = weights[:, 0].sum()
+        """All metrics of each resample: (6, R), in the order of METRICS."""
+        rows = len(weights)
         m1, m2, m11, m22, m12, square, absolute = self.moments.T @ weights / rows
         y_sizes, p_sizes = self.y.sizes(weights), self.p.sizes(weights)
         # Ordered pairs of drawn rows whose values differ, exact in float64: zero says that the side is constant.
@@ -167,14 +139,11 @@ class WeightedPair:
         p_variance = np.einsum("gr,gr,gr->r", p_sizes, p_ranks, p_ranks)
         spearman = _ratio(covariance, y_variance, p_variance, constant)
 
-        if self.ties is None:
-            kendall = np.full(weights.shape[1], math.nan)
-        else:
-            both_sizes = self.ties.both.sizes(weights)
-            untied = y_pairs + p_pairs - (rows * rows - np.sum(both_sizes * both_sizes, axis=0))
-            # Untied pairs are concordant or discordant, and `untied` counts each twice: C - D = 2C - (C + D).
-            difference = 4 * _concordant(weights, self.ties.levels) - untied
-            kendall = _ratio(difference, y_pairs, p_pairs, constant)
+        both_sizes = self.both.sizes(weights)
+        untied = y_pairs + p_pairs - (rows * rows - np.sum(both_sizes * both_sizes, axis=0))
+        # Untied pairs are concordant or discordant, and `untied` counts each twice: C - D = 2C - (C + D).
+        difference = 4 * _concordant(weights, self.levels) - untied
+        kendall = _ratio(difference, y_pairs, p_pairs, constant)
 
         rmse = np.sqrt(square)
         return np.stack((pearson, spearman, kendall, rmse / width, rmse, absolute))
@@ -187,21 +156,9 @@ def _ratio(covariance: Array, first: Array, second: Array, constant: NDArray[np.
     return np.divide(covariance, scale, out=result, where=~constant & (scale > 0))
 
 
-def _centred_ranks(sizes: Array, rows: float) -> Array:
+def _centred_ranks(sizes: Array, rows: int) -> Array:
     """Average rank of each distinct value less the mean rank (N + 1) / 2: (G, R)."""
     return np.cumsum(sizes, axis=0) - sizes / 2 - rows / 2
-
-
-@dataclass(frozen=True)
-class _Ties:
-    """What Kendall's tau needs besides."""
-
-    both: _Groups
-    levels: "list[_Level]"
-
-    @classmethod
-    def of(cls, y: _Groups, p: _Groups) -> "_Ties":
-        return cls(_Groups.of(y.code * len(p.starts) + p.code), _levels(y.code, p.code))
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..train.metrics import HIGHER_IS_BETTER, PAPER_METRICS
-from .bootstrap import resampled_figures
 from .compare_methods import CONTENDERS
 from .compare_read import Entry, Place
-from .significance import ALPHA, Array, Difference, differences, holm, pair_seeds
+from .significance import ALPHA, Array, Difference, differences, draw_rows, holm, pair_seeds, resampled_figures
 
 BEST_RIVAL = "best rival"
 """The opponent of the duels that name the strongest method outside RELISH."""
@@ -120,14 +119,13 @@ def pairings(place: Place, chosen: dict[str, Choice]) -> list[tuple[str, str, En
 
 def duels_in(place: Place, chosen: dict[str, Choice], resamples: int) -> Iterator[list[Duel]]:
     """Fight the pairings of a place one after another: the duels of each, one for each of PAPER_METRICS."""
+    draws = draw_rows(len(place.target), resamples)
     drawn: dict[str, Array] = {}
 
     def resampled(entry: Entry) -> Array:
         label = entry.method.label
         if label not in drawn:
-            drawn[label] = resampled_figures(
-                place.target, entry.predictions, place.label_range, resamples, kendall=False
-            )
+            drawn[label] = resampled_figures(place.target, entry.predictions, place.label_range, draws)
         return drawn[label]
 
     for family, opponent, theirs in pairings(place, chosen):

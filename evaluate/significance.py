@@ -1,8 +1,8 @@
 """Is one method better than another on the same rows? Paired bootstrap, paired permutation test, Holm's correction.
 
 Both tests take the metric's mean over the seeds, and treat a row as one unit: its predictions by all seeds are drawn,
-or swapped, together. The permutation test uses the arithmetic of the bootstrap: with the N rows written twice, once
-with each method's prediction, a swap is a choice of which of the two counts.
+or swapped, together. Both share one arithmetic (weighted.py): with the N rows written twice, once with each method's
+prediction, a swap is a choice of which of the two counts.
 """
 
 import math
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..train.metrics import METRICS, PAPER_METRICS, checked_pair, label_width
-from .bootstrap import WeightedPair, blocks, quantile_interval
+from ..train.metrics import PAPER_METRICS, checked_pair, label_width
+from .weighted import WeightedPair
 
 Array = NDArray[np.float64]
 ALPHA = 0.05
 """Level at which a difference counts as a win or a loss, after Holm's correction."""
-_PLACES = [METRICS.index(name) for name in PAPER_METRICS]
+_BLOCK = 65_536  # weights at a time, so that a handful of such arrays fits the processor's caches
 _ROUNDING = 1e-12  # of a difference of metrics: ties with the observed one, and with 0, must count as such
 
 
@@ -70,62 +70,98 @@ def differences(
         ours: (P, N) predictions, in the order of `pair_seeds`.
         theirs: (P, N).
         label_range: the smallest and the largest score the task allows.
-        our_resamples: (P, 6, R) of `bootstrap.resampled_figures`, drawn with the same seed for both.
-        their_resamples: (P, 6, R).
+        our_resamples: (P, 3, R) of `resampled_figures`, of the same draws for both.
+        their_resamples: (P, 3, R).
         permutations: how many swaps are drawn.
         seed: of their drawing.
 
     Raises:
         RelishError: if a value is not finite, or the label range is empty.
     """
-    rows = np.asarray(target).size
-    null = np.concatenate(
-        [swapped_differences(target, ours, theirs, label_range, swaps) for swaps in _swaps(rows, permutations, seed)],
-        axis=1,
-    )
-    observed = swapped_differences(target, ours, theirs, label_range, np.zeros((rows, 1)))[:, 0]
-    drawn = (our_resamples - their_resamples).mean(axis=0)[_PLACES]
+    rows, width = np.asarray(target).size, label_width(label_range)
+    pairs = doubled_pairs(target, ours, theirs)
+    swapped = [swapped_differences(pairs, width, swaps) for swaps in _swaps(rows, permutations, seed)]
+    null = np.concatenate(swapped, axis=1)
+    observed = swapped_differences(pairs, width, np.zeros((1, rows)))[:, 0]
+    drawn = (our_resamples - their_resamples).mean(axis=0)
     return {
         name: _difference(value, resampled, swapped)
         for name, value, resampled, swapped in zip(PAPER_METRICS, observed.tolist(), drawn, null, strict=True)
     }
 
 
-def swapped_differences(
-    target: ArrayLike, ours: ArrayLike, theirs: ArrayLike, label_range: Sequence[float], swaps: Array
-) -> Array:
+def doubled_pairs(target: ArrayLike, ours: ArrayLike, theirs: ArrayLike) -> list[WeightedPair]:
+    """For each of P predictions on both sides (P, N) the N rows twice: with ours first, then with theirs.
+
+    Raises:
+        RelishError: if a value is not finite.
+    """
+    gold = np.tile(np.asarray(target, dtype=float), 2)
+    lines = zip(np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float), strict=True)
+    return [WeightedPair.prepare(*checked_pair(gold, np.concatenate(both))) for both in lines]
+
+
+def swapped_differences(pairs: Sequence[WeightedPair], width: float, swaps: Array) -> Array:
     """Our mean over the seeds less theirs, for each of PAPER_METRICS, after swapping predictions: (3, R).
 
     Args:
-        target: (N,).
-        ours: (P, N) predictions.
-        theirs: (P, N).
-        label_range: for the NRMSE.
-        swaps: (N, R), 1 where a row's predictions change sides, 0 where they stay.
+        pairs: of `doubled_pairs`.
+        width: of the label range.
+        swaps: (R, N), 1 where a row's predictions change sides, 0 where they stay.
     """
-    width = label_width(label_range)
-    kept = np.concatenate((1 - swaps, swaps))
+    kept = np.concatenate((1 - swaps, swaps), axis=1)
     moved = 1 - kept
-    total = np.zeros((len(METRICS), swaps.shape[1]))
-    pairs = list(zip(np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float), strict=True))
-    for our, their in pairs:
-        both = WeightedPair.prepare(
-            *checked_pair(np.tile(np.asarray(target, dtype=float), 2), np.concatenate((our, their))), kendall=False
-        )
-        total += both.metrics(kept, width) - both.metrics(moved, width)
-    return total[_PLACES] / len(pairs)
+    total = np.zeros((len(PAPER_METRICS), len(swaps)))
+    gold = pairs[0].gold_ranks(kept[:1])  # a swap leaves the gold scores of a side as they are
+    for both in pairs:
+        total += both.figures(kept, width, gold) - both.figures(moved, width, gold)
+    return total / len(pairs)
+
+
+def draw_rows(rows: int, resamples: int, seed: int = 0) -> NDArray[np.uint8]:
+    """How often each row is drawn, N out of N with replacement: (R, N), the same as `bootstrap.intervals` draws."""
+    rng = np.random.default_rng(seed)
+    drawn = np.empty((resamples, rows), dtype=np.uint8)  # a row is not drawn 256 times, of any N
+    for line in drawn:
+        line[:] = np.bincount(rng.integers(rows, size=rows), minlength=rows)
+    return drawn
+
+
+def resampled_figures(
+    target: ArrayLike, predictions: ArrayLike, label_range: Sequence[float], drawn: NDArray[np.uint8]
+) -> Array:
+    """Each of PAPER_METRICS on resamples of the rows: (S, 3, R) for S seeds' predictions (S, N) and draws (R, N)."""
+    width = label_width(label_range)
+    pairs = [WeightedPair.prepare(*checked_pair(target, line)) for line in np.asarray(predictions, dtype=float)]
+    figures = []
+    step = max(1, _BLOCK // drawn.shape[1])
+    for start in range(0, len(drawn), step):
+        weights = drawn[start : start + step].astype(np.float64)
+        gold = pairs[0].gold_ranks(weights)
+        figures.append([pair.figures(weights, width, gold) for pair in pairs])
+    return np.concatenate(figures, axis=2)
 
 
 def _swaps(rows: int, permutations: int, seed: int) -> Iterator[Array]:
     rng = np.random.default_rng(seed)
-    for columns in blocks(2 * rows, permutations):
-        yield rng.integers(2, size=(columns, rows)).T.astype(np.float64)
+    step = max(1, _BLOCK // (2 * rows))
+    for start in range(0, permutations, step):
+        yield rng.integers(2, size=(min(step, permutations - start), rows)).astype(np.float64)
 
 
 def _difference(observed: float, resampled: Array, swapped: Array) -> Difference:
     if not math.isfinite(observed):
         return Difference(math.nan, (math.nan, math.nan), math.nan, math.nan)
     return Difference(observed, quantile_interval(resampled), bootstrap_p(resampled), permutation_p(observed, swapped))
+
+
+def quantile_interval(values: Array) -> tuple[float, float]:
+    """The 2.5 % and 97.5 % quantiles of the values that are finite; (NaN, NaN) if none is."""
+    values = values[np.isfinite(values)]
+    if values.size == 0:
+        return math.nan, math.nan
+    low, high = np.quantile(values, (0.025, 0.975))
+    return float(low), float(high)
 
 
 def bootstrap_p(resampled: Array) -> float:

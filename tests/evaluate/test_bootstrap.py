@@ -62,7 +62,7 @@ def test_weighted_figures_equal_scipy_on_the_rows_written_out(rows):
         target, prediction = np.append(target, np.zeros(fill)), np.append(prediction, np.zeros(fill))
         weights = np.append(weights, np.zeros(fill))
     written = np.repeat(np.arange(len(weights)), weights.astype(int))
-    pair = bootstrap.WeightedPair.prepare(target, prediction)
+    pair = bootstrap._Pair.prepare(target, prediction)
     got = dict(zip(METRICS, pair.metrics(weights[:, None], 5.0)[:, 0], strict=True))
     assert got == pytest.approx(score(target[written], prediction[written], RANGE), abs=1e-9, nan_ok=True)
 

@@ -12,7 +12,7 @@ from relish.evaluate.compare_load import load_places, parse_source
 from relish.evaluate.compare_methods import CONTENDERS, FAMILIES, Method
 from relish.evaluate.compare_read import Entry, Source
 from relish.evaluate.compare_words import headline, remarks
-from relish.evaluate.significance import Difference, swapped_differences
+from relish.evaluate.significance import Difference, doubled_pairs, swapped_differences
 from relish.train.metrics import METRICS, PAPER_METRICS
 
 from .reports import grid, write_report
@@ -338,7 +338,7 @@ def test_the_figures_of_a_duel_are_those_of_the_reports(compared):
     ours, ridge = entries["relish, L = 2"], entries["ridge"]
     against = {d.metric: d for d in compared.duels if (d.backbone, d.dataset, d.other) == ("small", "stsb", "ridge")}
     theirs = np.repeat(ridge.predictions, 3, axis=0)  # one prediction against each of three seeds
-    expected = swapped_differences(place.target, ours.predictions, theirs, (0, 5), np.zeros((80, 1)))[:, 0]
+    expected = swapped_differences(doubled_pairs(place.target, ours.predictions, theirs), 5.0, np.zeros((1, 80)))[:, 0]
     for metric, value in zip(PAPER_METRICS, expected, strict=True):
         one = against[metric]
         assert one.difference.value == pytest.approx(value)

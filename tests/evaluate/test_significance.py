@@ -7,17 +7,20 @@ import pytest
 from scipy import stats
 
 from relish.cache.errors import RelishError
-from relish.evaluate import bootstrap
-from relish.evaluate.bootstrap import resampled_figures
+from relish.evaluate import significance
+from relish.evaluate.bootstrap import intervals
 from relish.evaluate.significance import (
     bootstrap_p,
     differences,
+    doubled_pairs,
+    draw_rows,
     holm,
     pair_seeds,
     permutation_p,
+    resampled_figures,
     swapped_differences,
 )
-from relish.train.metrics import METRICS, PAPER_METRICS, score
+from relish.train.metrics import PAPER_METRICS, score
 
 RANGE = (0.0, 5.0)
 
@@ -31,7 +34,7 @@ def sample(rows, seeds=1, noise=(0.5, 1.5), seed=0, decimals=2):
 
 
 def compare(target, ours, theirs, draws=400, seed=0):
-    drawn = [resampled_figures(target, lines, RANGE, draws, kendall=False) for lines in (ours, theirs)]
+    drawn = [resampled_figures(target, lines, RANGE, draw_rows(len(target), draws)) for lines in (ours, theirs)]
     return differences(
         target, ours, theirs, RANGE, our_resamples=drawn[0], their_resamples=drawn[1], permutations=draws, seed=seed
     )
@@ -50,7 +53,7 @@ def gap(target, ours, theirs):
 def test_swaps_give_the_figures_of_the_swapped_predictions(decimals):
     target, ours, theirs = sample(6, seeds=2, decimals=decimals, seed=3)
     masks = np.array(list(product((0, 1), repeat=6)), dtype=float)
-    got = swapped_differences(target, ours, theirs, RANGE, masks.T)
+    got = swapped_differences(doubled_pairs(target, ours, theirs), 5.0, masks)
     for mask, column in zip(masks.astype(bool), got.T, strict=True):
         expected = gap(target, np.where(mask, theirs, ours), np.where(mask, ours, theirs))
         np.testing.assert_allclose(column, expected, atol=1e-12)
@@ -58,7 +61,7 @@ def test_swaps_give_the_figures_of_the_swapped_predictions(decimals):
 
 def exact_p(target, ours, theirs):
     masks = np.array(list(product((0, 1), repeat=len(target))), dtype=float)
-    every = swapped_differences(target, ours, theirs, RANGE, masks.T)
+    every = swapped_differences(doubled_pairs(target, ours, theirs), 5.0, masks)
     return [np.mean(np.abs(line) >= abs(line[0]) - 1e-12) for line in every]
 
 
@@ -95,12 +98,14 @@ def test_the_bootstrap_comes_near_the_enumeration_of_all_resamples():
         assert low - 1e-9 <= found[name].ci95[0] <= found[name].ci95[1] <= high + 1e-9, name
 
 
-def test_resamples_without_kendall_are_the_same_otherwise():
-    target, ours, _ = sample(30, seeds=2)
-    full, quick = (resampled_figures(target, ours, RANGE, 20, kendall=kendall) for kendall in (True, False))
-    kendall = METRICS.index("kendall")
-    assert np.isnan(quick[:, kendall]).all()
-    np.testing.assert_array_equal(np.delete(full, kendall, 1), np.delete(quick, kendall, 1))
+@pytest.mark.parametrize("decimals", [0, 1, 8])
+def test_resamples_are_those_of_the_intervals(decimals):
+    """Another implementation, in bootstrap.py, which is checked against scipy: ties and constant sides too."""
+    target, ours, _ = sample(7, seeds=2, decimals=decimals)
+    expected = intervals(target, ours, RANGE, resamples=300, seed=4)
+    found = resampled_figures(target, ours, RANGE, draw_rows(7, 300, seed=4)).mean(axis=0)
+    for name, values in zip(PAPER_METRICS, found, strict=True):
+        assert significance.quantile_interval(values) == pytest.approx(expected[name], abs=1e-9), name
 
 
 def test_p_values_by_hand():
@@ -163,7 +168,7 @@ def test_a_constant_side_has_no_correlation_and_an_error():
 def test_blocks_do_not_change_the_answer(monkeypatch):
     target, ours, theirs = sample(30, noise=(0.9, 1.1))
     whole = compare(target, ours, theirs)
-    monkeypatch.setattr(bootstrap, "_BLOCK_ELEMENTS", 7 * 30)
+    monkeypatch.setattr(significance, "_BLOCK", 7 * 60)
     for name, one in compare(target, ours, theirs).items():
         assert (one.p, one.p_bootstrap) == (whole[name].p, whole[name].p_bootstrap)
 
@@ -214,4 +219,4 @@ def test_values_that_are_not_finite_are_refused():
     target, ours, theirs = sample(10)
     ours[0, 3] = math.nan
     with pytest.raises(RelishError, match="1 of 20 predictions are not finite"):
-        swapped_differences(target, ours, theirs, RANGE, np.zeros((10, 1)))
+        doubled_pairs(target, ours, theirs)

@@ -61,7 +61,7 @@ class Comparison:
     duels: list[Duel]
     """Each contender against every method outside RELISH, and against the other contender."""
     rivals: list[Duel]
-    """Each contender against the best rival."""
+    """Each contender against the best rival, and RELISH on the frozen LLM against the best frozen one."""
     counts: list[Count]
     """Of `rivals`, then of `duels`."""
     macros: list[Macro]

@@ -14,6 +14,8 @@ from .significance import ALPHA, Array, Difference, differences, draw_rows, holm
 
 BEST_RIVAL = "best rival"
 """The opponent of the duels that name the strongest method outside RELISH."""
+BEST_FROZEN = "best rival, LLM frozen"
+"""The same among the methods whose LLM is not fine-tuned, for RELISH on the frozen LLM; only where others are."""
 _CRITERION = {"pearson": "val_pearson", "spearman": "val_pearson", "nrmse": "val_nrmse"}
 
 
@@ -37,7 +39,7 @@ class Duel:
     method: str
     """The contender's method in this place."""
     opponent: str
-    """What the opponent is called over all places: a method, a value of CONTENDERS, or BEST_RIVAL."""
+    """What the opponent is called over all places: a method, a value of CONTENDERS, BEST_RIVAL or BEST_FROZEN."""
     other: str
     """The opponent's method in this place."""
     by: str
@@ -159,11 +161,20 @@ def duels_in(place: Place, chosen: dict[str, Choice], resamples: int) -> Iterato
 
 
 def against_best(place: Place, duels: Sequence[Duel]) -> list[Duel]:
-    """Of the duels of one place those against the best rival, which is chosen for each metric."""
+    """Of the duels of one place those against BEST_RIVAL and BEST_FROZEN, who are chosen for each metric."""
     rivals = rivals_of(place)
+    frozen = [entry for entry in rivals if not entry.method.adapter]
+    found = _against(BEST_RIVAL, rivals, duels)
+    if len(frozen) < len(rivals):
+        own = [duel for duel in duels if duel.contender == CONTENDERS["relish"]]
+        found += _against(BEST_FROZEN, frozen, own)
+    return found
+
+
+def _against(name: str, rivals: Sequence[Entry], duels: Sequence[Duel]) -> list[Duel]:
     best = {metric: choose(rivals, metric) for metric in PAPER_METRICS} if rivals else {}
     return [
-        replace(duel, opponent=BEST_RIVAL, by=best[duel.metric].by)
+        replace(duel, opponent=name, by=best[duel.metric].by)
         for duel in duels
         if best and duel.opponent == best[duel.metric].entry.method.label
     ]

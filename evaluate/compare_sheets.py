@@ -68,7 +68,7 @@ def _macro(comparison: Comparison, number: int, *, paper: bool) -> Sheet:
     groups = [(family, own) for family, own in lines.items() if own]
     if paper and number == 0:
         own = [[Figure(name), *(Figure(_times_100(v[m])) for m in PAPER_METRICS)] for name, v in PAPER.items()]
-        groups.append(("The paper's own averages (other LLMs: four of 8 to 32 billion parameters)", own))
+        groups.append(("The paper's own (four LLMs of 8–32B)", own))
     missing = [f"{label} (not on {', '.join(places)})" for label, places in macro.missing.items()]
     over = count_places(comparison) if macro.backbone is None else count("data set", macro.places)
     caption = f"Figures × 100, mean over {over} with equal weight."
@@ -83,7 +83,8 @@ def _rivals(comparison: Comparison) -> Sheet:
     for duel in comparison.rivals:
         low, high = duel.difference.ci95
         interval = f"[{format_number(low)}, {format_number(high)}]" if math.isfinite(low) else ""
-        title = f"{duel.contender}, {duel.backbone}" if len(comparison.backbones) > 1 else duel.contender
+        title = f"{duel.contender}, against the {duel.opponent}"
+        title += f" ({duel.backbone})" if len(comparison.backbones) > 1 else ""
         groups.setdefault(title, []).append(
             [
                 Figure(duel.dataset),
@@ -148,9 +149,9 @@ def _glance(comparison: Comparison, backbone: str, metric: str) -> Sheet:
             )
         lines[FAMILIES[next(iter(entries.values())).method.family]].append(line)
     caption = (
-        f"Mean over seeds ± standard deviation over seeds; the best of a column in bold. {CHOSEN} RELISH as chosen by "
-        f"validation; {WORSE} significantly worse than it on the frozen LLM, {BETTER} significantly better "
-        "(permutation test, Holm)."
+        "Mean over seeds, ± standard deviation over seeds where there is room; the best of a column in bold. "
+        f"{CHOSEN} RELISH as chosen by validation; {WORSE} significantly worse than it on the frozen LLM, {BETTER} "
+        "significantly better (permutation test, Holm)."
     )
     title = f"{heading(metric)}, {backbone}"
     return Sheet(

@@ -1,6 +1,7 @@
 """The sheets of a comparison on the terminal, in Markdown and in LaTeX."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .compare_sheets import Figure, Sheet
@@ -66,6 +67,17 @@ def _latex_figure(figure: Figure) -> str:
     return rf"{text} {{\scriptsize {latex(figure.soft)}}}" if figure.soft else text
 
 
+def _printed(sheet: Sheet) -> list[Sheet]:
+    """The sheet itself, or a sheet for each group where columns of words leave no room for headings among them."""
+    if sheet.texts == 1:
+        return [sheet]
+    last = len(sheet.groups) - 1
+    return [
+        replace(sheet, title=f"{sheet.title}: {name}", groups=[("", lines)], caption=sheet.caption * (number == last))
+        for number, (name, lines) in enumerate(sheet.groups)
+    ]
+
+
 def print_sheets(title: str, sheets: Sequence[Sheet], remarks: Sequence[str], console: "Console") -> None:
     """Print the sheets one below the other, without what stands smaller beside a figure where they hold numbers alone.
 
@@ -79,16 +91,18 @@ def print_sheets(title: str, sheets: Sequence[Sheet], remarks: Sequence[str], co
         return fit(text, console)
 
     console.print(Text(shown(title)))
-    for sheet in sheets:
+    for sheet in [part for whole in sheets for part in _printed(whole)]:
         console.print()
         console.print(Text(shown(sheet.title), style="bold"))
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, caption_justify="left")
-        table.caption = Text(shown(sheet.caption))
+        table.caption = Text(shown(sheet.caption)) if sheet.caption else None
         for number, column in enumerate(sheet.columns):
-            words = number < sheet.texts
-            table.add_column(shown(column), justify="left" if words else "right", overflow="fold", no_wrap=not words)
+            fold = number == 0 and sheet.texts == 1
+            justify = "left" if number < sheet.texts else "right"
+            table.add_column(shown(column), justify=justify, overflow="fold", no_wrap=not fold)
         for name, lines in sheet.groups:
-            table.add_row(Text(shown(name), style="italic dim"))
+            if name:
+                table.add_row(Text(shown(name), style="italic dim"))
             for line in lines:
                 cells = []
                 for figure in line:

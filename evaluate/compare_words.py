@@ -4,7 +4,7 @@ import math
 
 from ..train.metrics import HIGHER_IS_BETTER, METRIC_NAMES, PAPER_METRICS
 from .compare import Comparison
-from .compare_duels import Duel
+from .compare_duels import BEST_RIVAL, Duel
 from .compare_methods import CONTENDERS
 
 
@@ -17,7 +17,7 @@ def headline(comparison: Comparison) -> str:
         return f"{count_places(comparison)}; there is no other method than RELISH."
     firsts, tallies = [], []
     for metric in PAPER_METRICS:
-        own = [d for d in comparison.rivals if (d.contender, d.metric) == (label, metric)]
+        own = [d for d in comparison.rivals if (d.contender, d.opponent, d.metric) == (label, BEST_RIVAL, metric)]
         first = sum(_is_first(comparison, duel) for duel in own)
         firsts.append(f"{METRIC_NAMES[metric]} in {first} of {len(own)}")
         tally = [sum(duel.outcome == outcome for duel in own) for outcome in ("win", "tie", "loss")]

@@ -6,7 +6,15 @@ import pytest
 
 from relish.cache.errors import RunError, SettingsError
 from relish.evaluate.compare import compare_reports
-from relish.evaluate.compare_duels import BEST_RIVAL, Duel, choose, choose_contenders, correct, count_outcomes
+from relish.evaluate.compare_duels import (
+    BEST_FROZEN,
+    BEST_RIVAL,
+    Duel,
+    choose,
+    choose_contenders,
+    correct,
+    count_outcomes,
+)
 from relish.evaluate.compare_json import comparison_json
 from relish.evaluate.compare_load import load_places, parse_source
 from relish.evaluate.compare_methods import CONTENDERS, FAMILIES, Method
@@ -388,7 +396,11 @@ def test_the_hybrid_is_a_contender_of_its_own(tmp_path):
         (HYBRID, "mlp on lora"),
         (HYBRID, RELISH),
     ]
-    assert {d.other for d in found.rivals} == {"mlp on lora"}
+    assert [(d.contender, d.opponent, d.other) for d in found.rivals if d.metric == "pearson"] == [
+        (RELISH, BEST_RIVAL, "mlp on lora"),
+        (HYBRID, BEST_RIVAL, "mlp on lora"),
+        (RELISH, BEST_FROZEN, "ridge"),
+    ]
 
 
 def test_cells_that_diverged_and_notes_are_named_and_change_nothing_else(tmp_path):

@@ -186,7 +186,7 @@ def test_the_macro_average_is_in_hundredths_with_the_papers_own_below(comparison
 def test_the_best_rival_and_the_counts(comparison):
     (sheet,) = [sheet for sheet in sheets(comparison) if sheet.title == "RELISH against the best rival"]
     ((heading, lines),) = sheet.groups
-    assert heading == "RELISH, chosen"
+    assert heading == "RELISH, chosen, against the best rival"
     assert [[line[0].text, line[1].text, line[2].soft, line[3].soft, line[6].text] for line in lines] == [
         *[["stsb", name, "relish, L = 2", "mlp", "win"] for name in ("Pearson", "Spearman", "NRMSE")],
         *[["sick", name, "relish, L = 1", "ridge", "loss"] for name in ("Pearson", "Spearman", "NRMSE")],

@@ -76,7 +76,7 @@ def predict(
     layer: Annotated[int | None, typer.Option(help="Refuse unless this is the head's layer.")] = None,
     device: Annotated[str, typer.Option(help="cuda, mps, cpu or auto.")] = "auto",
     batch_tokens: Annotated[
-        int | None, typer.Option(help="Token slots per forward pass; default 16384 on a GPU, 2048 on the CPU.")
+        int | None, typer.Option(help="Token slots per forward pass; default 16384 on a GPU, 1024 on the CPU.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:

@@ -76,7 +76,8 @@ def predict(
     layer: Annotated[str | None, typer.Option(help="Refuse unless this is the head's layer, or mix.")] = None,
     device: Annotated[str, typer.Option(help="cuda, mps, cpu or auto.")] = "auto",
     batch_tokens: Annotated[
-        int | None, typer.Option(help="Token slots per forward pass; default 16384 on a GPU, 1024 on the CPU.")
+        int | None,
+        typer.Option(help="Token slots of a forward pass; default 16384 on a GPU, 256 a thread on the CPU."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:

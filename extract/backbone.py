@@ -81,7 +81,12 @@ class Backbone:
     @property
     def default_batch_tokens(self) -> int:
         """Token slots of a forward pass that keep this kind of device busy."""
-        return 1024 if self.device.type == "cpu" else 16384
+        import torch
+
+        if self.device.type != "cpu":
+            return 16384
+        # Measured on two cores: 512 slots stay in the processor's caches, 2,048 do not.
+        return min(4096, max(512, 256 * torch.get_num_threads()))
 
     def tokenize(
         self, texts: Iterable[str], *, chat_template: bool, max_length: int, truncate: bool

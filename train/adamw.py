@@ -52,7 +52,7 @@ class _Group:
         self.times = times
         self.mean: list[Tensor] = [torch.zeros_like(parameter) for parameter in parameters]
         self.square: list[Tensor] = [torch.zeros_like(parameter) for parameter in parameters]
-        self.steps = [torch.zeros((), device=parameter.device) for parameter in parameters]
+        self.steps = [torch.zeros((), dtype=torch.float32, device=parameter.device) for parameter in parameters]
 
     def step(self, lr: float) -> None:
         learning = [index for index, parameter in enumerate(self.parameters) if parameter.grad is not None]

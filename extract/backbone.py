@@ -9,13 +9,13 @@ import numpy as np
 
 from ..cache.device import pick_device
 from ..cache.errors import BackboneError, SettingsError, require_extra
+from .chat import chat_text, check_chat_template
 from .files import BackboneFiles
 from .heap import keep_freed_memory
 
 _TOKENIZE_ROWS = 1000
 _POSITIONS_AFTER_PADDING = {"roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet"}
 """Architectures whose positions begin after the padding's, so that their context is shorter than their config says."""
-_LLAMA3_DATE = "26 Jul 2024"  # what its template writes where no clock is
 
 
 class Backbone:
@@ -101,24 +101,8 @@ class Backbone:
             BackboneError: if a chat template is asked for and the tokenizer has none.
         """
         if chat_template:
-            if not self.tokenizer.chat_template:
-                raise BackboneError(
-                    f"the tokenizer of {self.files.name} has no chat template; leave --chat-template out"
-                )
-            if "strftime_now" in self.tokenizer.chat_template and "date_string" not in self.tokenizer.chat_template:
-                raise BackboneError(
-                    f"the chat template of {self.files.name} writes today's date into every prompt, so hidden states "
-                    "would change from day to day; leave --chat-template out and write the turn into --prompt"
-                )
-            texts = [
-                self.tokenizer.apply_chat_template(
-                    [{"role": "user", "content": text}],
-                    add_generation_prompt=True,
-                    tokenize=False,
-                    date_string=_LLAMA3_DATE,
-                )
-                for text in texts
-            ]
+            check_chat_template(self.tokenizer, self.files.name)
+            texts = [chat_text(self.tokenizer, [text]) for text in texts]
         texts = list(texts)
         rows: list[np.ndarray] = []
         for begin in range(0, len(texts), _TOKENIZE_ROWS):

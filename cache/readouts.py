@@ -281,7 +281,9 @@ def _whole(folder: Path, identity: Identity, record: SplitRecord, split: str, na
         except FileNotFoundError:
             there = sum(part_path(folder, split, name, other).exists() for other in range(count))
             raise CacheError(f"{called} is not finished ({there} of {count} parts); {_AGAIN}") from None
-        refuse_differences(identity, part.identity, what=f"{path}, against the cache itself,", advice=f"Delete it, and {_AGAIN}.")
+        refuse_differences(
+            identity, part.identity, what=f"{path}, against the cache itself,", advice=f"Delete it, and {_AGAIN}."
+        )
         if part.fingerprint != record.fingerprint or part.rows != tuple(part_rows(record.rows, number)):
             raise CacheError(f"{path} was made from other rows than the split {split!r}; delete it, and {_AGAIN}")
         if parts:

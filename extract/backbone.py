@@ -121,7 +121,7 @@ class Backbone:
 
         Args:
             texts: N texts.
-            special_tokens: whether to add what the tokenizer puts around a text; a chat template has written it already.
+            special_tokens: whether to add what the tokenizer puts around a text; a chat template writes it itself.
         """
         rows: list[np.ndarray] = []
         for begin in range(0, len(texts), _TOKENIZE_ROWS):

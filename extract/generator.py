@@ -1,7 +1,7 @@
 """The LLM with its LM head: what it answers to prompts, by greedy decoding, by sampling, or over candidate answers."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 

@@ -49,7 +49,8 @@ def choose_examples(train: SplitData | None, count: int, label_range: tuple[floa
         return []
     if train is None:
         raise DataError(
-            f"--shots {count} takes its examples from a split called {TRAIN}, which was not given; add --data {TRAIN}=FILE"
+            f"--shots {count} takes its examples from a split called {TRAIN}, which was not given; add "
+            f"--data {TRAIN}=FILE"
         )
     labelled = np.flatnonzero(~np.isnan(train.targets))
     if not len(labelled):
@@ -99,16 +100,17 @@ class Prompts:
         """Token ids of each prompt, int32, special tokens included."""
         return self._backbone.encode([self.text(row, shots) for row in rows], special_tokens=not self._chat)
 
-    def fitting(self, split: str, rows: Sequence[str], limit: int) -> int:
+    def fitting(self, split: str, rows: Sequence[str], limit: int, shots: int) -> int:
         """The largest number of examples with which every row, and an answer to it, fits the context.
 
         Args:
             split: what messages call the rows.
             rows: the filled prompts.
             limit: tokens of the context.
+            shots: examples at most.
 
         Raises:
-            DataError: if a row does not fit without any, or examples are there and not one fits.
+            DataError: if a row does not fit without any, or examples are asked for and not one fits.
         """
         room = limit - NEW_TOKENS
         lengths = [len(tokens) for tokens in self.tokens(rows, 0)]
@@ -119,12 +121,12 @@ class Prompts:
                 f"context is {limit}; leave --readouts out, or take an LLM of a longer context"
             )
 
-        def length(shots: int) -> int:
-            return len(self.tokens([rows[longest]], shots)[0])
+        def length(examples: int) -> int:
+            return len(self.tokens([rows[longest]], examples)[0])
 
         # Another row may take a token more beside the examples than alone, so a few are left over.
-        fits = bisect_right(range(1, len(self._examples) + 1), room - 2, key=length)
-        if self._examples and not fits:
+        fits = bisect_right(range(1, min(shots, len(self._examples)) + 1), room - 2, key=length)
+        if shots and not fits:
             raise DataError(
                 f"not one example fits the context of {limit} tokens beside the longest row of {split} "
                 f"({lengths[longest]} tokens); leave --shots out"

@@ -7,6 +7,7 @@ from relish.cache.errors import CacheError, DamagedCacheError
 from relish.cache.manifest import load_manifest
 from relish.cache.merge import merge_caches
 from relish.cache.pack import pack_cache
+from relish.cache.reader import open_cache
 from relish.cache.readouts import (
     Readout,
     load_part,
@@ -18,7 +19,6 @@ from relish.cache.readouts import (
     readout_names,
     save_part,
 )
-from relish.cache.reader import open_cache
 from relish.cache.unpack import unpack_cache
 from relish.cache.verify import verify_cache
 

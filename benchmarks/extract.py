@@ -142,9 +142,7 @@ def main() -> None:
         home = Path(scratch)
         (built,) = race([Rival("models", models, (home, given.small))], rounds=1, warm_up=0).values()
         model, wide = built.value
-        (shapes,) = race(
-            [Rival("shapes", all_shapes, (model, rows[: len(rows) // 2], 2))], rounds=1, warm_up=0
-        ).values()
+        (shapes,) = race([Rival("shapes", all_shapes, (model, rows[::2], 2))], rounds=1, warm_up=0).values()
         shape = min(SHAPES, key=lambda one: min(shapes.value[one]))
         figures = race(list(rivals_of(model, rows, middle, shape, home)), rounds=rounds, warm_up=0)
         peaks = memory(wide, rows, home, sizes)

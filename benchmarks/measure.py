@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -42,7 +43,13 @@ class Figures:
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
     peak_mb: float = 0.0
-    value: Any = None
+    values: list[Any] = field(default_factory=list)
+    """What the work returned, one per round."""
+
+    @property
+    def value(self) -> Any:
+        """What the work returned in the last round."""
+        return self.values[-1]
 
     @property
     def median(self) -> float:
@@ -84,7 +91,8 @@ def race(rivals: Sequence[Rival], *, rounds: int = 5, warm_up: int = 1) -> dict[
             if number >= warm_up:
                 figures[name].wall.append(wall)
                 figures[name].cpu.append(cpu)
-            figures[name].peak_mb, figures[name].value = peak, value
+                figures[name].values.append(value)
+            figures[name].peak_mb = peak
     for _, pipe, process in workers:
         pipe.send("stop")
         process.join()
@@ -113,7 +121,7 @@ def _serve(pipe: Any, rival: Rival) -> None:
             before, started = _cpu(), time.perf_counter()
             value = work()
             wall, cpu = time.perf_counter() - started, _cpu() - before
-            pipe.send((wall, cpu, _peak_mb(), value))
+            pipe.send((wall, cpu, peak_mb(), value))
     except Exception as error:  # `race` raises it, with the rival's name
         pipe.send(error)
 
@@ -124,9 +132,14 @@ def _cpu() -> float:
     return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
 
 
-def _peak_mb() -> float:
+def peak_mb(who: int = resource.RUSAGE_SELF) -> float:
+    """Most memory that this process, or with RUSAGE_CHILDREN the largest of those it waited for, has held."""
+    status = Path("/proc/self/status")
+    if who == resource.RUSAGE_SELF and status.exists():
+        # Linux's ru_maxrss begins with what the parent held when it started this process.
+        return int(re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())[0]) / 1e3
     per_mb = 1e6 if platform.system() == "Darwin" else 1e3
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / per_mb
+    return resource.getrusage(who).ru_maxrss / per_mb
 
 
 def arguments(about: str | None) -> argparse.ArgumentParser:

@@ -125,11 +125,11 @@ def main() -> None:
         FIRST_STEP: imports("import relish.train.grid, relish.train.live"),
     }
     shown = [
-        [name, f"{one.median:.2f}", f"{min(one.seconds):.2f}", "" if one.goal is None else f"{one.goal:.1f}"]
+        [name, *(f"{pick(one.seconds):.2f}" for pick in (statistics.median, min, max)), one.goal or ""]
         for name, one in timed.items()
     ]
     print(f"median of {rounds}, seconds\n")
-    print(table(["", "median", "fastest", "goal"], shown))
+    print(table(["", "median", "fastest", "slowest", "goal"], shown))
     print(f"\n{FIRST_STEP}: {', '.join(f'{what} at {moment:.2f} s' for what, moment in stages.items())}")
     for name, found in parts.items():
         print(f"{name} imports: {', '.join(f'{package} {ms:.0f} ms' for package, ms in found)}")

@@ -139,10 +139,11 @@ def predict(
         bool, typer.Option("--trust-remote-code", help="Run Python code that the model's repository ships.")
     ] = False,
     prompt: Annotated[str | None, typer.Option(help="Refuse unless this is the head's prompt.")] = None,
-    layer: Annotated[int | None, typer.Option(help="Refuse unless this is the head's layer.")] = None,
+    layer: Annotated[str | None, typer.Option(help="Refuse unless this is the head's layer, or mix.")] = None,
     device: Annotated[str, typer.Option(help="cuda, mps, cpu or auto.")] = "auto",
     batch_tokens: Annotated[
-        int | None, typer.Option(help="Token slots per forward pass; default 16384 on a GPU, 2048 on the CPU.")
+        int | None,
+        typer.Option(help="Token slots of a forward pass; default 16384 on a GPU, 256 a thread on the CPU."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
@@ -153,6 +154,7 @@ def predict(
     \b
     relish predict runs/relish-L3-seed0 --model HuggingFaceTB/SmolLM2-135M-Instruct --data new.csv --out scores.csv
     """
+    from ..train.settings import parse_layer
     from .predict import predict_scores
 
     with _Bar("predict", "rows") as bar:
@@ -165,7 +167,7 @@ def predict(
             revision=revision,
             trust_remote_code=trust_remote_code,
             prompt=prompt,
-            layer=layer,
+            layer=parse_layer(layer),
             device=device,
             batch_tokens=batch_tokens,
             note=bar.note,

@@ -74,7 +74,11 @@ def changing_report(folder: Path, files: Sequence[str] = REPORT_FILES) -> Iterat
 
 
 def results_json(results: Results) -> dict[str, Any]:
-    """The content of results.json; NaN becomes None. "status" is there only if it is not "ok", and "note" if any."""
+    """The content of results.json; NaN becomes None.
+
+    A cell has "status" only where that is not "ok", "note" only if there is one, and "answers" only where the LLM itself
+    answered.
+    """
     cells = []
     for cell in results.cells:
         entry: dict[str, Any] = {"head": cell.head, "depth": cell.depth, "seed": cell.seed}
@@ -83,6 +87,8 @@ def results_json(results: Results) -> dict[str, Any]:
             entry["status"] = cell.status
         if cell.note:
             entry["note"] = cell.note
+        if cell.answers is not None:
+            entry["answers"] = cell.answers
         cells.append(entry)
     groups = [
         {"head": g.head, "depth": g.depth, "seeds": g.seeds, "parameters": g.parameters, **g.metrics, **g.extras}

@@ -14,12 +14,13 @@ from ..train.metrics import METRIC_NAMES, METRICS
 from .plots import plot_depth, plot_scatter
 from .summary import Results, Summary
 from .tables import (
+    answer_notes,
     best_means,
+    failure_notes,
     format_depth,
     format_estimate,
     format_number,
     heading,
-    notes,
 )
 
 _WORST = 15
@@ -66,7 +67,8 @@ def write_report(results: Results, folder: Path) -> Path:
         headline=headline(results),
         comparison=comparison(results),
         best_means=best_means(results),
-        notes=notes(results),
+        notes=failure_notes(results),
+        answer_notes=answer_notes(results),
         metrics=METRICS,
         names=METRIC_NAMES,
         heading=heading,

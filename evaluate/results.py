@@ -12,12 +12,14 @@ from ..cache.errors import CacheError, DataError, RunError, require_extra
 from ..cache.identity import refuse_differences
 from ..cache.reader import FeatureCache, Split, open_cache
 from ..cache.speed import seconds_per_1000_rows
-from ..train.data import Rows
+from ..train.data import Rows, open_split
 from ..train.diverged import find_diverged
 from ..train.loop import predict_rows
 from ..train.run import Run, find_runs, load_head
+from ..train.settings import MIX
 from .files import changing_report, check_report_folder, write_results
-from .summary import CellPredictions, Results, summarise
+from .readouts import readout_cells
+from .summary import CellPredictions, Results, group_label, summarise
 
 
 def evaluate_runs(
@@ -39,7 +41,8 @@ def evaluate_runs(
         device: cuda, mps, cpu or auto.
         progress: called with heads scored and heads in all.
 
-    Cells that diverged in training are listed with that status and count in no figure.
+    Cells that diverged in training are listed with that status and count in no figure. What the LLM itself answered to
+    the split (`relish extract --readouts`) is scored beside the heads.
 
     Returns:
         Figures per cell, and per head and depth over its seeds with bootstrap intervals.
@@ -60,7 +63,7 @@ def evaluate_runs(
     found = find_runs(runs)
     opened = open_cache(cache if cache is not None else _usual_cache(found[0]))
     check_cache(found, opened)
-    rows = _labelled(opened.split(split, layer=found[0].layer))
+    rows = _labelled(open_split(opened, split, found[0].layer))
     where = pick_device(device)
     llm_seconds = seconds_per_1000_rows(opened.folder, opened.manifest, split)
     cells = []
@@ -72,8 +75,16 @@ def evaluate_runs(
         nothing = np.full(len(rows), np.nan)
         status = f"diverged in training: {lost.reason}"
         cells.append(CellPredictions(lost.head, lost.depth, lost.seed, lost.parameters, nothing, status))
+    answered, left_out = readout_cells(opened, rows.split)
     results = summarise(
-        split, found[0].label_range, rows.split.ids, rows.split.row, rows.target, cells, _meta(found[0], opened)
+        split,
+        found[0].label_range,
+        rows.split.ids,
+        rows.split.row,
+        rows.target,
+        [*cells, *answered],
+        _meta(found, opened),
+        left_out,
     )
     if out is not None:
         from .report import write_report
@@ -155,14 +166,15 @@ def _labelled(split: Split) -> Rows:
 _MADE_BY = {"parameters": "backbone parameters"}  # beside the head's recipe the bare word would be the head's
 
 
-def _meta(run: Run, cache: FeatureCache) -> dict[str, object]:
-    identity = cache.identity
+def _meta(runs: Sequence[Run], cache: FeatureCache) -> dict[str, object]:
+    identity, run = cache.identity, runs[0]
     return {
         "task": cache.manifest.task,
         "adapter": getattr(identity, "adapter", None),
         "model": identity.model,
         "revision": identity.revision,
         "layer": run.layer,
+        **_mixes(runs),
         "prompt": identity.prompt,
         "storage dtype": identity.dtype,
         "compute dtype": identity.compute_dtype,
@@ -170,3 +182,16 @@ def _meta(run: Run, cache: FeatureCache) -> dict[str, object]:
         **{name.replace("_", " "): value for name, value in run.settings.items() if value is not None},
         **{_MADE_BY.get(name, name.replace("_", " ")): value for name, value in cache.manifest.made_by.items()},
     }
+
+
+def _mixes(runs: Sequence[Run]) -> dict[str, str]:
+    """The share of each layer in the mixes that heads learned, averaged over seeds; nothing if they read one layer."""
+    shares: dict[str, list[dict[str, float]]] = {}
+    for run in runs:
+        if run.layer == MIX:
+            shares.setdefault(group_label(run.head.name, run.head.depth), []).append(run.metrics["layer_mix"])
+    shown = {}
+    for label, mixes in shares.items():
+        means = {layer: float(np.mean([mix[layer] for mix in mixes])) for layer in mixes[0]}
+        shown[f"layer mix of {label}"] = ", ".join(f"{layer}: {mean:.2f}" for layer, mean in means.items())
+    return shown

@@ -44,6 +44,8 @@ class CellPredictions:
     """(N,) predicted scores, in the label's unit."""
     status: str = "ok"
     """Anything else says in words why the cell must not count, such as "diverged"."""
+    answers: dict[str, Any] | None = None
+    """Of the LLM's own answers: shots, and how many were no number, replaced and clipped; None for a trained head."""
     val_nrmse: float | None = None
     """On the validation rows; None where there are none, or it is not known."""
     val_pearson: float | None = None
@@ -65,6 +67,8 @@ class Cell:
     parameters: int
     metrics: dict[str, float]
     status: str = "ok"
+    answers: dict[str, Any] | None = None
+    """As in `CellPredictions`."""
     extras: dict[str, float | None] = field(default_factory=dict)
     """For each name in EXTRAS; None where it is not known."""
     note: str = ""
@@ -113,6 +117,8 @@ class Results:
     """(cells, N), in the order of `cells`."""
     meta: dict[str, Any]
     """What made them (model, prompt, layers, …): shown in the report as it stands."""
+    left_out: tuple[str, ...] = ()
+    """A sentence for each readout that could not be used."""
 
     @property
     def rows(self) -> int:
@@ -148,6 +154,7 @@ def summarise(
     targets: Sequence[float] | NDArray[np.floating],
     cells_with_predictions: Sequence[CellPredictions],
     meta: Mapping[str, Any],
+    left_out: Sequence[str] = (),
 ) -> Results:
     """Compute every figure and interval of a split.
 
@@ -177,7 +184,8 @@ def summarise(
         status = cell.status if cell.status != "ok" or np.isfinite(line).all() else "not finite"
         metrics = score(target, line, label_range) if status == "ok" else dict.fromkeys(METRICS, math.nan)
         extras = {name: getattr(cell, name) for name in EXTRAS}
-        cells.append(Cell(cell.head, cell.depth, cell.seed, cell.parameters, metrics, status, extras, cell.note))
+        about = {"status": status, "answers": cell.answers, "extras": extras, "note": cell.note}
+        cells.append(Cell(cell.head, cell.depth, cell.seed, cell.parameters, metrics, **about))
         if status == "ok":
             members.setdefault((cell.head, cell.depth), []).append(place)
 
@@ -202,6 +210,7 @@ def summarise(
         target=target,
         predictions=predictions,
         meta=dict(meta),
+        left_out=tuple(left_out),
     )
 
 

@@ -74,6 +74,12 @@ def test_train_step(tmp_path):
     assert "plain ÷ ours" in shown
 
 
+def test_reading(tmp_path):
+    result, shown = run("reading.py", tmp_path / "reading.json")
+    assert [one["threads"] for one in result["results"]] == [1, 2]
+    assert "Direct ÷ Projected" in shown
+
+
 @pytest.mark.parametrize("name", ["read.py", "cache_size.py", "checks.py"])
 def test_caches(tmp_path, name):
     result, shown = run(name, tmp_path / "out.json")

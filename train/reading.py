@@ -55,7 +55,7 @@ def reader_for(
         training: whether gradients will be asked for.
     """
     if hidden.device.type != "cpu" or hidden.requires_grad:
-        return Projected(hidden, mask, weight, bias)
+        return Projected(hidden, mask, weight, bias, dense=hidden.device.type != "cpu")
     (B, _, D), d, N = hidden.shape, len(weight), int(mask.sum())
     # Multiply-adds. Forward and backward: 2 products with the tokens for Projected; for Direct 4 with the tokens and
     # 6 with the queries. Forward alone: 1, and 2 with each.
@@ -65,17 +65,24 @@ def reader_for(
 
 
 class Projected:
-    """Projects each real token once; the steps read the projections."""
+    """Projects each token once; the steps read the projections."""
 
-    def __init__(self, hidden: Tensor, mask: Tensor, weight: Tensor, bias: Tensor) -> None:
+    def __init__(self, hidden: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, *, dense: bool = False) -> None:
+        """Args:
+        hidden: (B, T, D).
+        mask: (B, T).
+        weight: W (d, D).
+        bias: b (d,).
+        dense: whether padding is projected too. For a GPU, where finding the real tokens would make the host wait.
+        """
         self._hidden, self._mask, self._weight = hidden, mask, weight
         B, T, _ = hidden.shape
-        # On a GPU, finding the real tokens would make the host wait.
+        self._dense = dense
         self._index: Tensor | None = None
         self._padding: Tensor | None = None
-        if hidden.device.type != "cpu" or not bool(mask.all()):
+        if dense or not bool(mask.all()):
             self._padding = weight.new_zeros(B, 1, T).masked_fill_(~mask.unsqueeze(1), float("-inf"))
-            if hidden.device.type == "cpu":
+            if not dense:
                 self._index = mask.reshape(-1).nonzero().squeeze(1)
         count = B * T if self._index is None else len(self._index)
         packed = weight.new_empty(count, len(weight))
@@ -119,7 +126,7 @@ class Projected:
     def _chunks(self) -> Iterator[tuple[int, Tensor]]:
         """Real tokens as (n, D) in the type of the weights, and the number of the first."""
         flat = self._hidden.detach().reshape(-1, self._hidden.shape[-1])
-        if flat.device.type != "cpu":
+        if self._dense:
             # Padding may hold anything, and 0 × NaN is NaN: it must be zero, not only unattended.
             yield 0, flat.to(self._weight.dtype).masked_fill(~self._mask.reshape(-1, 1), 0.0)
             return
@@ -157,7 +164,10 @@ class Direct:
         mixture, attention = torch.empty_like(queries), []
         for number, x in self._converted():
             attention.append(torch.softmax(queries[number] @ x.T, dim=-1))
-            torch.mm(attention[-1], x, out=mixture[number])
+            if len(x):
+                torch.mm(attention[-1], x, out=mixture[number])
+            else:
+                mixture[number].fill_(float("nan"))  # as the softmax over nothing is in `Projected`
         mixed = torch.addmm(self._bias, mixture.view(B * H, -1), self._weight.T)
         return mixed.view(B, H, d), (k, attention, mixture)
 

@@ -1,5 +1,7 @@
 """The refinement steps against the same steps built from torch's modules and differentiated by autograd."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -8,7 +10,7 @@ from relish.train import refine
 from relish.train.head import RelishHead
 from relish.train.reading import Direct, Projected, reader_for
 
-READERS = {"projected": Projected, "direct": Direct}
+READERS = {"projected": Projected, "dense": partial(Projected, dense=True), "direct": Direct}
 
 
 def plainly(head: RelishHead, hidden: Tensor, mask: Tensor, noise=lambda like: 1.0) -> Tensor:
@@ -98,6 +100,16 @@ def test_what_stands_in_the_padding_reaches_neither_values_nor_gradients(reader)
     dirty = head(hidden, mask)
     assert torch.equal(dirty, clean)
     assert all(map(torch.equal, gradients(head, dirty), expected))
+
+
+def test_a_row_of_nothing_but_padding_gives_nan_and_leaves_the_others_alone(reader):
+    head = a_head()
+    hidden, mask = a_batch()
+    mask[2] = False
+    prediction = head(hidden, mask)
+    assert prediction.isnan().tolist() == [row == 2 for row in range(5)]
+    others = [0, 1, 3, 4]
+    torch.testing.assert_close(prediction[others], plainly(head, hidden[others], mask[others]), rtol=1e-9, atol=1e-9)
 
 
 def test_dropped_outputs_count_in_values_and_gradients(reader, monkeypatch):

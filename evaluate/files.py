@@ -76,8 +76,8 @@ def changing_report(folder: Path, files: Sequence[str] = REPORT_FILES) -> Iterat
 def results_json(results: Results) -> dict[str, Any]:
     """The content of results.json; NaN becomes None.
 
-    A cell has "status" only where that is not "ok", "note" only if there is one, and "answers" only where the LLM itself
-    answered.
+    A cell has "status" only where that is not "ok", "note" only if there is one, and "answers" only where the LLM
+    itself answered.
     """
     cells = []
     for cell in results.cells:

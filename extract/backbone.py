@@ -9,6 +9,7 @@ import numpy as np
 
 from ..cache.device import pick_device
 from ..cache.errors import BackboneError, SettingsError, require_extra
+from .adapter import Adapter, merge_adapter
 from .files import BackboneFiles
 from .heap import keep_freed_memory
 
@@ -29,8 +30,9 @@ class Backbone:
         compute_dtype: str,
         device: str,
         trust_remote_code: bool,
+        adapter: Adapter | None = None,
     ) -> None:
-        """Load configuration and tokenizer; `load` loads the weights.
+        """Load configuration and tokenizer; `load` loads the weights, and merges the adapter into them.
 
         Raises:
             BackboneError: if they cannot be read, or the model is neither a causal LM nor an encoder.
@@ -44,6 +46,7 @@ class Backbone:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         self._transformers = transformers
         self.files = files
+        self.adapter = adapter
         self.version: str = transformers.__version__
         self._options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         if files.gguf_file is not None:
@@ -53,6 +56,9 @@ class Backbone:
             raise BackboneError(
                 f"{files.name} is an encoder-decoder ({config.model_type}); a causal LM or an encoder is needed"
             )
+        encoders = transformers.MODEL_FOR_MASKED_LM_MAPPING
+        self.causal: bool = type(config) not in encoders or bool(getattr(config, "is_decoder", False))
+        """Whether a token sees only those before it."""
         self._text_config = config.get_text_config()
         self.depth: int = self._text_config.num_hidden_layers
         self.hidden_size: int = self._text_config.hidden_size
@@ -66,7 +72,8 @@ class Backbone:
         else:
             self.compute_dtype = getattr(torch, compute_dtype)
         self._model: Any = None
-        self._pad = 0
+        self.pad_id = 0
+        """Fills rows up; set when a model is placed."""
         self._caught: dict[int, Any] = {}
 
     @property
@@ -149,16 +156,7 @@ class Backbone:
 
         if self._model is not None:
             return
-        if self.device.type == "cpu":
-            keep_freed_memory()
-        options = {"dtype": self.compute_dtype, "attn_implementation": "sdpa"}
-        try:
-            model = self._from_pretrained("AutoModel", **options)
-        except BackboneError as error:
-            if "scaled_dot_product_attention" not in str(error):
-                raise
-            model = self._from_pretrained("AutoModel", **{**options, "attn_implementation": "eager"})
-        model.eval().requires_grad_(False)
+        model = self.read_weights("AutoModel")
         if self.layers != (self.depth,):
             parent, name, blocks = _find_blocks(model, self.depth)
             setattr(parent, name, torch.nn.ModuleList(blocks[: max(self.layers[-1], 1)]))
@@ -167,12 +165,49 @@ class Backbone:
                     blocks[0].register_forward_pre_hook(self._catch_input, with_kwargs=True)
                 elif layer < self.depth:
                     blocks[layer - 1].register_forward_hook(self._catch_output(layer))
+        self._model = self.place(model)
+
+    def read_weights(self, factory: str) -> Any:
+        """A model with this backbone's weights, the adapter merged into them; frozen, in eval mode, on the CPU.
+
+        Args:
+            factory: "AutoModel", or "AutoModelForCausalLM" for one with its LM head.
+
+        Raises:
+            BackboneError: if they cannot be loaded.
+            AdapterError: if the adapter does not fit them.
+        """
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        # An adapter names the modules of the causal LM it was tuned on, whose body AutoModel gives alone.
+        loaded = factory if self.adapter is None else "AutoModelForCausalLM"
+        options = {"dtype": self.compute_dtype, "attn_implementation": "sdpa"}
+        try:
+            model = self._from_pretrained(loaded, **options)
+        except BackboneError as error:
+            if "scaled_dot_product_attention" not in str(error):
+                raise
+            model = self._from_pretrained(loaded, **{**options, "attn_implementation": "eager"})
+        if self.adapter is not None:
+            model = merge_adapter(self.adapter, model, self.files.name)
+            if factory == "AutoModel":
+                model = model.base_model
+        return model.eval().requires_grad_(False)
+
+    def place(self, model: Any) -> Any:
+        """Move a model of `read_weights` to the device.
+
+        Raises:
+            BackboneError: if it does not fit there.
+        """
+        import torch
+
         embeddings = model.get_input_embeddings()
         pad = self.tokenizer.pad_token_id
         # A pad token added to the tokenizer alone has no embedding. Padding is masked, so that any other does.
-        self._pad = pad if pad is not None and pad < embeddings.num_embeddings else 0
+        self.pad_id = pad if pad is not None and pad < embeddings.num_embeddings else 0
         try:
-            self._model = model.to(self.device)
+            return model.to(self.device)
         except torch.OutOfMemoryError:
             raise BackboneError(
                 f"{self.files.name} does not fit the memory of {self.device}; try --compute-dtype bfloat16 "
@@ -193,6 +228,21 @@ class Backbone:
         import torch
 
         self.load()
+        input_ids, mask = self.pad(rows)
+        arguments = {"use_cache": False} if hasattr(self._text_config, "use_cache") else {}
+        model: Any = self._model
+        try:
+            with torch.inference_mode():
+                output = model(input_ids=input_ids, attention_mask=mask, **arguments)
+                self._caught[self.depth] = output.last_hidden_state
+                return torch.stack([self._caught[layer] for layer in self.layers], dim=1)
+        finally:
+            self._caught.clear()  # also when memory ran out: what is kept here could not be freed
+
+    def pad(self, rows: Sequence[np.ndarray]) -> tuple[Any, Any]:
+        """Token ids and mask (1 = real token) of B rows, padded on the right: two (B, T) int64 tensors on the device."""
+        import torch
+
         T = max(len(row) for row in rows)
         input_ids = np.zeros((len(rows), T), dtype=np.int64)
         mask = np.zeros((len(rows), T), dtype=np.int64)
@@ -201,20 +251,8 @@ class Backbone:
             mask[number, : len(row)] = 1
         # Right padding whatever the tokenizer prefers: positions then count from the first real token, as they do for
         # a row alone.
-        input_ids[mask == 0] = self._pad
-        arguments = {"use_cache": False} if hasattr(self._text_config, "use_cache") else {}
-        model: Any = self._model
-        try:
-            with torch.inference_mode():
-                output = model(
-                    input_ids=torch.from_numpy(input_ids).to(self.device),
-                    attention_mask=torch.from_numpy(mask).to(self.device),
-                    **arguments,
-                )
-                self._caught[self.depth] = output.last_hidden_state
-                return torch.stack([self._caught[layer] for layer in self.layers], dim=1)
-        finally:
-            self._caught.clear()  # also when memory ran out: what is kept here could not be freed
+        input_ids[mask == 0] = self.pad_id
+        return torch.from_numpy(input_ids).to(self.device), torch.from_numpy(mask).to(self.device)
 
     def _from_pretrained(self, factory: str, **options: Any) -> Any:
         try:

@@ -47,6 +47,9 @@ def extract(
     label_range: Annotated[
         str | None, typer.Option(metavar="LOW,HIGH", help="Smallest and largest possible score.")
     ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", metavar="ADAPTER", help="Folder of an adapter to merge into the model.")
+    ] = None,
     layers: Annotated[
         str, typer.Option(help="last, indices or fractions of the depth: 12, 0.5, or several: 0.5,last.")
     ] = "last",
@@ -103,6 +106,7 @@ def extract(
         target_column=target_column,
         id_column=id_column,
         label_range=parse_label_range(label_range) if label_range is not None else None,
+        adapter=adapter,
         layers=parse_layers(layers),
         dtype=dtype,
         compute_dtype=compute_dtype,

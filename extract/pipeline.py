@@ -14,6 +14,7 @@ from ..cache.identity import Identity
 from ..cache.info import padding_overhead
 from ..cache.manifest import SkippedRow
 from ..cache.writer import CacheWriter, SplitRows, SplitWriter, manifest_to_resume
+from .adapter import open_adapter
 from .backbone import Backbone
 from .batches import Budget, run_in_batches
 from .files import find_backbone
@@ -68,6 +69,7 @@ def extract_cache(cache: str | Path, settings: ExtractSettings, *, progress: Pro
     Raises:
         DataError: for rows that cannot be used, before the backbone is loaded.
         BackboneError: if the model is not found or cannot be run.
+        AdapterError: if the adapter cannot be used with that model.
         CacheError: if the folder holds a cache made with anything different.
     """
     folder = Path(cache).resolve()
@@ -82,10 +84,13 @@ def open_backbone(settings: ExtractSettings) -> Backbone:
 
     Raises:
         BackboneError: if it is not found, or is none.
+        AdapterError: if the adapter cannot be read, or is one of another backbone.
         SettingsError: if a layer is deeper than the backbone, or the device is not there.
     """
+    files = find_backbone(settings.model, gguf_file=settings.gguf_file, revision=settings.revision)
     return Backbone(
-        find_backbone(settings.model, gguf_file=settings.gguf_file, revision=settings.revision),
+        files,
+        adapter=open_adapter(settings.adapter, files) if settings.adapter is not None else None,
         layers=settings.layers,
         compute_dtype=settings.compute_dtype,
         device=settings.device,
@@ -102,6 +107,9 @@ def fill_cache(
         low, high = data.label_range
         note(f"label range {low:g} to {high:g}, taken from the training split (--label-range sets it)")
     max_length = choose_max_length(settings.max_length, backbone)
+    if backbone.adapter is not None:
+        for text in backbone.adapter.notes(backbone.files, prompt=data.prompt, chat_template=settings.chat_template):
+            note(f"note: {text}")
     writer = CacheWriter(
         folder,
         identity=identify(backbone, settings, prompt=data.prompt, max_length=max_length),
@@ -197,6 +205,7 @@ def identify(backbone: Backbone, settings: ExtractSettings, *, prompt: str, max_
         dtype=settings.dtype,
         compute_dtype=str(backbone.compute_dtype).removeprefix("torch."),
         transformers=backbone.version,
+        adapter=backbone.adapter.sha256 if backbone.adapter is not None else None,
     )
 
 

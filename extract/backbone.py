@@ -72,8 +72,6 @@ class Backbone:
         else:
             self.compute_dtype = getattr(torch, compute_dtype)
         self._model: Any = None
-        self.pad_id = 0
-        """Fills rows up; set when a model is placed."""
         self._caught: dict[int, Any] = {}
 
     @property
@@ -156,7 +154,7 @@ class Backbone:
 
         if self._model is not None:
             return
-        model = self.read_weights("AutoModel")
+        model = self.read_model("AutoModel")
         if self.layers != (self.depth,):
             parent, name, blocks = _find_blocks(model, self.depth)
             setattr(parent, name, torch.nn.ModuleList(blocks[: max(self.layers[-1], 1)]))
@@ -167,7 +165,7 @@ class Backbone:
                     blocks[layer - 1].register_forward_hook(self._catch_output(layer))
         self._model = self.place(model)
 
-    def read_weights(self, factory: str) -> Any:
+    def read_model(self, factory: str) -> Any:
         """A model with this backbone's weights, the adapter merged into them; frozen, in eval mode, on the CPU.
 
         Args:
@@ -194,18 +192,20 @@ class Backbone:
                 model = model.base_model
         return model.eval().requires_grad_(False)
 
+    def pad_token(self, model: Any) -> int:
+        """A token id that may fill rows up."""
+        pad = self.tokenizer.pad_token_id
+        # A pad token added to the tokenizer alone has no embedding. Padding is masked, so that any other does.
+        return pad if pad is not None and pad < model.get_input_embeddings().num_embeddings else 0
+
     def place(self, model: Any) -> Any:
-        """Move a model of `read_weights` to the device.
+        """Move a model onto the device.
 
         Raises:
-            BackboneError: if it does not fit there.
+            BackboneError: if it does not fit.
         """
         import torch
 
-        embeddings = model.get_input_embeddings()
-        pad = self.tokenizer.pad_token_id
-        # A pad token added to the tokenizer alone has no embedding. Padding is masked, so that any other does.
-        self.pad_id = pad if pad is not None and pad < embeddings.num_embeddings else 0
         try:
             return model.to(self.device)
         except torch.OutOfMemoryError:
@@ -228,19 +228,29 @@ class Backbone:
         import torch
 
         self.load()
-        input_ids, mask = self.pad(rows)
-        arguments = {"use_cache": False} if hasattr(self._text_config, "use_cache") else {}
-        model: Any = self._model
         try:
             with torch.inference_mode():
-                output = model(input_ids=input_ids, attention_mask=mask, **arguments)
-                self._caught[self.depth] = output.last_hidden_state
+                self._caught[self.depth], _ = self.last_states(self._model, rows)
                 return torch.stack([self._caught[layer] for layer in self.layers], dim=1)
         finally:
             self._caught.clear()  # also when memory ran out: what is kept here could not be freed
 
-    def pad(self, rows: Sequence[np.ndarray]) -> tuple[Any, Any]:
-        """Token ids and mask (1 = real token) of B rows, padded on the right: two (B, T) int64 tensors on the device."""
+    def last_states(self, model: Any, rows: Sequence[np.ndarray]) -> tuple[Any, Any]:
+        """Run B rows through a model without LM head.
+
+        Args:
+            model: of `read_model`, placed.
+            rows: B arrays of token ids.
+
+        Returns:
+            (B, T, D) hidden states after the final norm, undefined in the padding; (B, T) bool mask, True = real token.
+        """
+        input_ids, mask = self._pad(rows, self.pad_token(model))
+        arguments = {"use_cache": False} if hasattr(self._text_config, "use_cache") else {}
+        output = model(input_ids=input_ids, attention_mask=mask, **arguments)
+        return output.last_hidden_state, mask.bool()
+
+    def _pad(self, rows: Sequence[np.ndarray], pad: int) -> tuple[Any, Any]:
         import torch
 
         T = max(len(row) for row in rows)
@@ -251,7 +261,7 @@ class Backbone:
             mask[number, : len(row)] = 1
         # Right padding whatever the tokenizer prefers: positions then count from the first real token, as they do for
         # a row alone.
-        input_ids[mask == 0] = self.pad_id
+        input_ids[mask == 0] = pad
         return torch.from_numpy(input_ids).to(self.device), torch.from_numpy(mask).to(self.device)
 
     def _from_pretrained(self, factory: str, **options: Any) -> Any:

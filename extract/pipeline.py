@@ -115,7 +115,7 @@ def fill_cache(
         identity=identify(backbone, settings, prompt=data.prompt, max_length=max_length),
         label_range=data.label_range,
         task=settings.task,
-        made_by=_made_by(backbone),
+        made_by=made_by(backbone),
     )
     splits = []
     for name, split in data.splits.items():
@@ -246,7 +246,8 @@ def _forward(backbone: Backbone, tokens: list[np.ndarray], dtype: Any, batch: ra
     return states, states.to(dtype)
 
 
-def _made_by(backbone: Backbone) -> dict[str, str]:
+def made_by(backbone: Backbone) -> dict[str, str]:
+    """For people: versions of relish and torch, and the device."""
     import torch
 
     from ..cache.version import __version__

@@ -25,7 +25,7 @@ class TuneSettings(TextSettings):
     """A name of METHODS."""
     rank: int = 8
     """r: width of the low-rank products."""
-    alpha: float = 16
+    alpha: int = 16
     """α: the products are scaled by α / r."""
     dropout: float = 0.05
     """On the input of the low-rank products, in training."""
@@ -46,11 +46,9 @@ class TuneSettings(TextSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("method", self.method, tuple(METHODS))
-        at_least_1(self, "rank", "epochs", "batch_size", "rows")
-        for name in ("alpha", "lr"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise SettingsError(f"{name} must be a number above 0, not {value}")
+        at_least_1(self, "rank", "alpha", "epochs", "batch_size", "rows")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise SettingsError(f"lr must be a number above 0, not {self.lr}")
         if not 0 <= self.dropout < 1:
             raise SettingsError(f"dropout must be at least 0 and below 1, not {self.dropout}")
         if self.seed < 0:

@@ -28,8 +28,12 @@ def info(
     from .archive import is_archive, load_archive
     from .info import cache_info, packed_info
     from .manifest import load_manifest
+    from .readouts import readouts_info
 
-    figures = packed_info(load_archive(cache)) if is_archive(cache) else cache_info(load_manifest(cache))
+    archive = load_archive(cache) if is_archive(cache) else None
+    manifest = archive.manifest if archive is not None else load_manifest(cache)
+    figures = packed_info(archive) if archive is not None else cache_info(manifest)
+    figures["readouts"] = readouts_info(cache, manifest)
     if as_json:
         typer.echo(json.dumps(figures, indent=2))
         return
@@ -51,6 +55,14 @@ def info(
             f"×{split['padding_overhead']:.3f}",
         )
     console.print(splits)
+    if figures["readouts"]:
+        answers = Table("split", "readout", "rows", "shots", "seconds", "", box=None, header_style="bold")
+        for one in figures["readouts"]:
+            rows = f"{one['rows']:,}" + ("" if one["rows"] == one["of"] else f" of {one['of']:,}")
+            answers.add_row(
+                one["split"], one["name"], rows, str(one["shots_used"]), f"{one['seconds']:,.1f}", one["problem"]
+            )
+        console.print(answers)
     facts = Table.grid(padding=(0, 2))
     if "packed" in figures:
         packed = figures["packed"]

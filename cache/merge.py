@@ -12,6 +12,7 @@ from .fileio import open_read, replace_durably, temporary_name, writing_cache
 from .identity import Identity, refuse_differences
 from .manifest import COPY, MANIFEST, ShardRecord
 from .reader import open_cache
+from .readouts import FOLDER, copy_readouts, merged_readouts
 from .shard import way_out
 from .verify import verify_shard
 
@@ -22,7 +23,7 @@ def merge_caches(out: Path, caches: list[Path], progress: Callable[[int, int], N
     """Copy the splits of several caches into a new one, checking every byte.
 
     A split may stand in several caches if it was made from the same rows; a complete one is taken before an unfinished
-    one, and one with more rows before one with fewer.
+    one, and one with more rows before one with fewer. So is each readout.
 
     Raises:
         CacheError: if `out` exists, identities or label ranges differ, a split was made from different rows, or a shard
@@ -67,11 +68,16 @@ def merge_caches(out: Path, caches: list[Path], progress: Callable[[int, int], N
                 _copy_shard(folder, out, record, first.identity)
                 if progress is not None:
                     progress(record.bytes, total)
+        parts = merged_readouts([(cache.folder, cache.manifest) for cache in opened])
+        made += [out / FOLDER / part.name for part in parts]
+        copy_readouts(out, parts, kept)
         replace(first, splits={name: split for name, (_, split) in chosen.items()}).save(out, kept)
     except BaseException:
         for path in made:
             with suppress(OSError):  # the first error is the one to tell
                 path.unlink(missing_ok=True)
+        with suppress(OSError):
+            (out / FOLDER).rmdir()
         raise
 
 

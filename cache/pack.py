@@ -13,6 +13,7 @@ from .identity import Identity, refuse_differences
 from .lock import lock_folder
 from .manifest import ARCHIVE, MANIFEST, PACKED_MANIFEST, Manifest, ShardRecord, load_manifest
 from .packed import restore, write_packed, zstd_filter
+from .readouts import mirror_readouts
 from .shard import HiddenLayout
 from .verify import verify_shard
 
@@ -52,6 +53,7 @@ def pack_cache(cache: Path, out: Path, progress: Callable[[int, int], None] | No
                 save_shards(out, packed)
             else:
                 advance(record.bytes)
+        mirror_readouts(cache, out)
     return load_archive(out)
 
 

@@ -13,6 +13,7 @@ from .identity import Identity
 from .lock import lock_folder
 from .manifest import COPY, MANIFEST, PACKED_MANIFEST, ShardRecord, refuse_unlisted_shards
 from .packed import restore, zstd_filter
+from .readouts import FOLDER, copy_readouts, part_files
 from .shard import HiddenLayout
 from .verify import verify_shard
 from .writer import may_be_ours
@@ -69,6 +70,7 @@ def unpack_cache(archive: Path, out: Path, progress: Callable[[int, int], None] 
                 _unpack_shard(archive, out, record, opened.shards[record.file], identity, advance)
             else:
                 advance(record.bytes)
+        copy_readouts(out, part_files(archive))
         for name in (COPY, MANIFEST):
             with writing_cache(out / name):
                 write_text_durably(out / name, text)
@@ -84,7 +86,8 @@ def _refuse_others(out: Path, text: str) -> None:
             raise CacheError(f"{out} holds another cache; choose a new or empty folder")
     if not out.exists():
         return
-    if any(not may_be_ours(entry.name) and entry.name not in (MANIFEST, COPY) for entry in out.iterdir()):
+    ours = (MANIFEST, COPY, FOLDER)
+    if any(not may_be_ours(entry.name) and entry.name not in ours for entry in out.iterdir()):
         raise CacheError(f"{out} holds other files and is not a relish cache; choose a new or empty folder")
 
 

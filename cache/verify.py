@@ -13,18 +13,19 @@ from .fileio import open_read, read_into
 from .index import RowIndex, read_index
 from .manifest import COPY, ShardRecord, load_manifest
 from .reader import FeatureCache, lost_or_doubled
+from .readouts import verify_readouts
 from .shard import HiddenLayout, way_out
 
 
 def verify_cache(cache: FeatureCache, progress: Callable[[int], None] | None = None) -> list[str]:
-    """Check every shard that the manifest lists.
+    """Check every shard that the manifest lists, and the readouts.
 
     Args:
         cache: an open cache.
         progress: called with the number of bytes just checked.
 
     Returns:
-        What is wrong, a sentence per shard or unfinished split; empty if all is well.
+        What is wrong, a sentence per shard, unfinished split or readout; empty if all is well.
     """
     found = []
     if (cache.folder / COPY).exists():
@@ -51,7 +52,7 @@ def verify_cache(cache: FeatureCache, progress: Callable[[int], None] | None = N
                 f"the split {name!r} is not finished ({len(split.done)} of {split.planned} shards); "
                 "run the same relish extract command again to go on"
             )
-    return found
+    return found + verify_readouts(cache.folder, cache.manifest)
 
 
 def verify_shard(folder: Path, record: ShardRecord, *, layers: int, width: int, dtype: str) -> list[str]:

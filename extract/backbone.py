@@ -10,13 +10,13 @@ import numpy as np
 from ..cache.device import pick_device
 from ..cache.errors import BackboneError, SettingsError, require_extra
 from .adapter import Adapter, merge_adapter
+from .chat import chat_text, check_chat_template
 from .files import BackboneFiles
 from .heap import keep_freed_memory
 
 _TOKENIZE_ROWS = 1000
 _POSITIONS_AFTER_PADDING = {"roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet"}
 """Architectures whose positions begin after the padding's, so that their context is shorter than their config says."""
-_LLAMA3_DATE = "26 Jul 2024"  # what its template writes where no clock is
 
 
 class Backbone:
@@ -56,9 +56,8 @@ class Backbone:
             raise BackboneError(
                 f"{files.name} is an encoder-decoder ({config.model_type}); a causal LM or an encoder is needed"
             )
-        encoders = transformers.MODEL_FOR_MASKED_LM_MAPPING
-        self.causal: bool = type(config) not in encoders or bool(getattr(config, "is_decoder", False))
-        """Whether a token sees only those before it."""
+        self.config = config
+        """transformers' configuration."""
         self._text_config = config.get_text_config()
         self.depth: int = self._text_config.num_hidden_layers
         self.hidden_size: int = self._text_config.hidden_size
@@ -106,35 +105,10 @@ class Backbone:
             BackboneError: if a chat template is asked for and the tokenizer has none.
         """
         if chat_template:
-            if not self.tokenizer.chat_template:
-                raise BackboneError(
-                    f"the tokenizer of {self.files.name} has no chat template; leave --chat-template out"
-                )
-            if "strftime_now" in self.tokenizer.chat_template and "date_string" not in self.tokenizer.chat_template:
-                raise BackboneError(
-                    f"the chat template of {self.files.name} writes today's date into every prompt, so hidden states "
-                    "would change from day to day; leave --chat-template out and write the turn into --prompt"
-                )
-            texts = [
-                self.tokenizer.apply_chat_template(
-                    [{"role": "user", "content": text}],
-                    add_generation_prompt=True,
-                    tokenize=False,
-                    date_string=_LLAMA3_DATE,
-                )
-                for text in texts
-            ]
+            check_chat_template(self.tokenizer, self.files.name)
+            texts = [chat_text(self.tokenizer, [text]) for text in texts]
         texts = list(texts)
-        rows: list[np.ndarray] = []
-        for begin in range(0, len(texts), _TOKENIZE_ROWS):
-            encoded = self.tokenizer(
-                texts[begin : begin + _TOKENIZE_ROWS],
-                add_special_tokens=not chat_template,
-                padding=False,
-                truncation=False,
-                return_attention_mask=False,
-            )
-            rows += [np.array(tokens, dtype=np.int32) for tokens in encoded["input_ids"]]
+        rows = self.encode(texts, special_tokens=not chat_template)
         too_long = [number for number, tokens in enumerate(rows) if len(tokens) > max_length] if truncate else []
         for number in too_long:
             # The tokenizer truncates by itself here, since it knows which special tokens must stay at the end.
@@ -143,6 +117,25 @@ class Backbone:
             )
             rows[number] = np.array(cut["input_ids"], dtype=np.int32)
         return rows, len(too_long)
+
+    def encode(self, texts: Sequence[str], *, special_tokens: bool) -> list[np.ndarray]:
+        """Token ids of each text as it stands: N arrays of int32.
+
+        Args:
+            texts: N texts.
+            special_tokens: whether to add what the tokenizer puts around a text; a chat template writes it itself.
+        """
+        rows: list[np.ndarray] = []
+        for begin in range(0, len(texts), _TOKENIZE_ROWS):
+            encoded = self.tokenizer(
+                list(texts[begin : begin + _TOKENIZE_ROWS]),
+                add_special_tokens=special_tokens,
+                padding=False,
+                truncation=False,
+                return_attention_mask=False,
+            )
+            rows += [np.array(tokens, dtype=np.int32) for tokens in encoded["input_ids"]]
+        return rows
 
     def load(self) -> None:
         """Load the weights onto the device, and drop the blocks above the highest layer that is asked for; once.
@@ -164,6 +157,10 @@ class Backbone:
                 elif layer < self.depth:
                     blocks[layer - 1].register_forward_hook(self._catch_output(layer))
         self._model = self.place(model)
+
+    def release(self) -> None:
+        """Forget the weights; `load` loads them again."""
+        self._model = None
 
     def read_model(self, factory: str) -> Any:
         """A model with this backbone's weights, the adapter merged into them; frozen, in eval mode, on the CPU.

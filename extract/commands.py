@@ -1,6 +1,7 @@
 """`relish extract`."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated
@@ -71,6 +72,16 @@ def extract(
     on_nonfinite: Annotated[
         str, typer.Option(help="A row with NaN, infinity or a value beyond --dtype: error, or skip to leave it out.")
     ] = "error",
+    readouts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND,...",
+            help="Write what the LLM itself answers, for all splits but train: greedy, samples, candidates.",
+        ),
+    ] = None,
+    shots: Annotated[
+        str, typer.Option(metavar="N,...", help="Solved examples in the prompt of readouts: 0, or several: 0,128.")
+    ] = "0",
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Run the frozen LLM over texts once and cache its hidden states.
@@ -84,12 +95,21 @@ def extract(
     relish extract sts-cache --model ./SmolLM2.gguf --task stsb --data train=train.csv --data test=test.csv
     relish extract my-cache --model Qwen/Qwen3-8B --data train=a.csv --data test=b.jsonl \\
         --prompt "Essay: {text}" --target-column score --label-range 1,6
+    relish extract sts-cache --model HuggingFaceTB/SmolLM2-135M-Instruct --task stsb \\
+        --readouts greedy,samples,candidates --shots 0,128
     """
     from ..cache.errors import DataError
     from ..cache.reader import open_cache
     from .live import ExtractBar
     from .pipeline import extract_cache
-    from .settings import ExtractSettings, parse_data, parse_label_range, parse_layers
+    from .settings import (
+        ExtractSettings,
+        parse_data,
+        parse_label_range,
+        parse_layers,
+        parse_readouts,
+        parse_shots,
+    )
 
     settings = ExtractSettings(
         model=model,
@@ -116,6 +136,8 @@ def extract(
         batch_tokens=batch_tokens,
         shard_rows=shard_rows,
         on_nonfinite=on_nonfinite,
+        readouts=parse_readouts(readouts) if readouts is not None else (),
+        shots=parse_shots(shots),
     )
     with ExtractBar() as bar:
         summary = extract_cache(cache, settings, progress=bar)
@@ -133,6 +155,7 @@ def extract(
             ],
             "computed_tokens": summary.computed_tokens,
             "seconds": round(summary.seconds, 3),
+            "readouts": [asdict(readout) for readout in summary.readouts],
         }
         typer.echo(json.dumps(figures, indent=2))
     else:
@@ -160,4 +183,8 @@ def _tell(cache: Path, summary: "ExtractSummary") -> None:
         more = f" and {len(named) - 10:,} more, all listed in {MANIFEST}" if len(named) > 10 else ""
         typer.echo(f"skipped {len(named):,} rows: {', '.join(named[:10])}{more}")
     if not summary.computed_tokens:
-        typer.echo("everything was there already")
+        typer.echo("everything was there already" if not summary.readouts else "all hidden states were there already")
+    for readout in summary.readouts:
+        shots = f", {readout.shots_used} examples fit the context" if readout.shots_used != readout.shots else ""
+        done = f"{readout.computed:,} asked now" if readout.computed else "there already"
+        typer.echo(f"{readout.split}: {readout.name}, {readout.rows:,} rows, {done}{shots}")

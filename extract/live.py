@@ -37,6 +37,9 @@ class ExtractBar:
 
     def begin(self, rows: int, tokens: int) -> None:
         """Show the bar."""
+        for task in self._progress.task_ids:
+            self._progress.remove_task(task)
+        self._rows = self._tokens = 0
         self._task = self._progress.add_task("extract", total=tokens, rows=0, of=rows, rate=0.0)
         self._started = time.monotonic()
         self._progress.start()

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from .adapter import open_adapter
 from .backbone import Backbone
 from .batches import Budget, run_in_batches
 from .files import find_backbone
+from .readouts import ReadoutSummary, add_readouts, refuse_unanswerable
 from .rows import SplitData
 from .settings import ExtractSettings
 from .sink import ShardSink, SinkShard
@@ -53,6 +54,8 @@ class ExtractSummary:
     """Time from the first forward pass to the last commit."""
     skipped: tuple[tuple[str, SkippedRow], ...] = ()
     """(split, row) of each row that was left out since its hidden states could not be stored."""
+    readouts: tuple[ReadoutSummary, ...] = ()
+    """What the LLM's own answers were written of."""
 
 
 def extract_cache(cache: str | Path, settings: ExtractSettings, *, progress: Progress | None = None) -> ExtractSummary:
@@ -68,15 +71,21 @@ def extract_cache(cache: str | Path, settings: ExtractSettings, *, progress: Pro
 
     Raises:
         DataError: for rows that cannot be used, before the backbone is loaded.
-        BackboneError: if the model is not found or cannot be run.
+        BackboneError: if the model is not found or cannot be run, or is an encoder and readouts are asked for.
         AdapterError: if the adapter cannot be used with that model.
-        CacheError: if the folder holds a cache made with anything different.
+        CacheError: if the folder holds a cache, or readouts, made with anything different.
     """
     folder = Path(cache).resolve()
     known = manifest_to_resume(folder)
     # Rows before the model: one of the hub is gigabytes to fetch, and a wrong column is not worth that.
     data = load_texts(settings, known.label_range if known is not None else None)
-    return fill_cache(folder, data, open_backbone(settings), settings, progress=progress)
+    backbone = open_backbone(settings)
+    if not settings.readouts:
+        return fill_cache(folder, data, backbone, settings, progress=progress)
+    refuse_unanswerable(data, backbone, settings)
+    summary = fill_cache(folder, data, backbone, settings, progress=progress)
+    backbone.release()
+    return replace(summary, readouts=add_readouts(folder, data, backbone, settings, progress))
 
 
 def open_backbone(settings: ExtractSettings) -> Backbone:

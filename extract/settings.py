@@ -8,6 +8,7 @@ from typing import Any
 
 from ..cache.dtypes import storage_dtype
 from ..cache.errors import SettingsError
+from ..cache.readouts import KINDS
 
 Source = str | Path | Iterable[Mapping[str, Any]]
 """A CSV, TSV, JSONL or Parquet file, or the rows themselves as dicts."""
@@ -91,11 +92,24 @@ class ExtractSettings(TextSettings):
     """What to do about a row whose hidden states cannot be stored (NaN, infinity, or beyond the storage type): error,
     or skip, which leaves it out of the split and names it."""
 
+    readouts: tuple[str, ...] = ()
+    """What to write of the LLM's own answers to each split but train: greedy, samples, candidates; () for nothing."""
+    shots: tuple[int, ...] = (0,)
+    """With how many solved examples in the prompt, taken from the split train: each number gives its own readouts."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         storage_dtype(self.dtype)
         one_of("on_nonfinite", self.on_nonfinite, ("error", "skip"))
         at_least_1(self, "batch_tokens", "shard_rows")
+        for kind in self.readouts:
+            one_of("a readout", kind, KINDS)
+        if not self.shots or min(self.shots) < 0:
+            raise SettingsError(f"shots must be numbers from 0 on, not {self.shots}")
+        if self.shots != (0,) and not self.readouts:
+            raise SettingsError(
+                "shots are the examples of readouts; say which with --readouts greedy,samples,candidates"
+            )
         for layer in self.layers:
             if not 0 <= layer <= (1 if isinstance(layer, float) else math.inf):
                 raise SettingsError(f"a layer is an index from 0 on or a fraction of the depth up to 1.0, not {layer}")
@@ -128,6 +142,23 @@ def parse_label_range(text: str) -> tuple[float, float]:
     except ValueError:
         raise SettingsError(f"--label-range takes two numbers such as 0,5; not {text!r}") from None
     return low, high
+
+
+def parse_readouts(text: str) -> tuple[str, ...]:
+    """Read `greedy`, or several separated by commas, each once."""
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+
+
+def parse_shots(text: str) -> tuple[int, ...]:
+    """Read `0`, or several numbers separated by commas, each once.
+
+    Raises:
+        SettingsError: for anything else.
+    """
+    try:
+        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        raise SettingsError(f"--shots takes numbers such as 0,128; not {text!r}") from None
 
 
 def parse_data(pairs: list[str]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..cache.errors import AdapterError, BackboneError, require_extra
+from ..cache.errors import AdapterError, require_extra
 from ..cache.fileio import write_durably, writing_cache
 from ..cache.identity import name_differences
 from ..cache.jsonfile import sealed_text
@@ -18,6 +18,7 @@ from ..cache.lock import LOCK, lock_folder
 from .adapter import CHECKPOINT, CONFIG, FORMAT, TUNED, VERSION, WEIGHTS, adapter_hash, read_adapter, read_tuned
 from .backbone import Backbone
 from .files import find_backbone
+from .generator import refuse_encoder
 from .pipeline import check_lengths, choose_max_length, made_by
 from .sources import TextData, load_texts
 from .tune_loop import Examples, Listener, tune
@@ -221,8 +222,7 @@ def _open_backbone(settings: TuneSettings) -> Backbone:
         device=settings.device,
         trust_remote_code=settings.trust_remote_code,
     )
-    if not backbone.causal:
-        raise BackboneError(f"{backbone.files.name} is an encoder, and only causal LMs can be tuned")
+    refuse_encoder(backbone, "and only causal LMs can be tuned")
     return backbone
 
 

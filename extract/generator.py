@@ -1,0 +1,223 @@
+"""The LLM with its LM head: what it answers to prompts, by greedy decoding, by sampling, or over candidate answers."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..cache.errors import BackboneError
+from .backbone import Backbone
+from .candidates import score_candidates
+from .tree import ALL, Seen, Tokens, read_prefix, takes_trees, tree_logits
+
+if TYPE_CHECKING:
+    import torch
+
+NEW_TOKENS = 16
+"""Tokens of a decoded answer at most; it ends at a new line or where the LLM ends it."""
+_SAMPLED = 1 << 24  # probabilities that are summed up at once
+
+
+def refuse_encoder(
+    backbone: Backbone, advice: str = "which answers nothing; leave --readouts out, or give a causal LM"
+) -> None:
+    """Refuse an LLM that cannot answer.
+
+    Args:
+        backbone: the LLM.
+        advice: the end of the sentence.
+
+    Raises:
+        BackboneError: if it is no causal LM.
+    """
+    from transformers.models.auto import modeling_auto as auto
+
+    kind = backbone.config.model_type
+    own_code = "AutoModelForCausalLM" in (getattr(backbone.config, "auto_map", None) or {})
+    if kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES or not (
+        own_code or kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    ):
+        raise BackboneError(f"{backbone.files.name} is an encoder ({kind}), {advice}")
+
+
+class Generator:
+    """A causal LM that reads what all prompts begin with once, and all prompts of a batch without padding."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        """Load the weights, from the files, in the type and on the device of a backbone.
+
+        Raises:
+            BackboneError: if it is no causal LM, or cannot be loaded.
+        """
+        refuse_encoder(backbone)
+        self._tokenizer = backbone.tokenizer
+        self._name = backbone.files.name
+        model = backbone.read_model("AutoModelForCausalLM")
+        self._pad = backbone.pad_token(model)
+        self.model = backbone.place(model)
+        stop = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        stops = stop if isinstance(stop, list) else [stop]
+        self._stops = {token for token in (*stops, self._tokenizer.eos_token_id) if token is not None}
+        self._breaks: dict[int, bool] = {}
+
+    def read_prefix(self, ids: np.ndarray) -> Seen:
+        """Read what all rows begin with, once; (n,) token ids, n may be 0."""
+        import torch
+
+        with torch.inference_mode():
+            return read_prefix(self.model, ids)
+
+    def greedy(self, rows: Sequence[np.ndarray], prefix: Seen) -> list[str]:
+        """The most likely answer, token by token.
+
+        Args:
+            rows: B arrays of token ids, without those of the prefix.
+            prefix: what they all begin with.
+
+        Returns:
+            B texts: the answers' first line.
+        """
+
+        def choose(logits: "torch.Tensor", _alive: list[tuple[int, int]], _step: int) -> np.ndarray:
+            return logits.argmax(-1).cpu().numpy()
+
+        return [answers[0] for answers in self._decode(rows, prefix, 1, choose)]
+
+    def samples(self, rows: Sequence[np.ndarray], prefix: Seen, uniform: np.ndarray) -> list[list[str]]:
+        """Answers drawn at temperature 1 from the whole distribution.
+
+        Args:
+            rows: B arrays of token ids, without those of the prefix.
+            prefix: what they all begin with.
+            uniform: (B, samples, NEW_TOKENS) in [0, 1): what each token is drawn with, so that batch mates do not
+                change an answer.
+
+        Returns:
+            B lists of texts.
+        """
+        import torch
+
+        def choose(logits: torch.Tensor, alive: list[tuple[int, int]], step: int) -> np.ndarray:
+            draws = torch.tensor([uniform[row, branch, step] for row, branch in alive], device=logits.device)
+            pieces = max(1, _SAMPLED // logits.shape[1])
+            chosen = [_draw(*piece) for piece in zip(logits.split(pieces), draws.split(pieces), strict=True)]
+            return torch.cat(chosen).cpu().numpy()
+
+        return self._decode(rows, prefix, uniform.shape[1], choose)
+
+    def candidates(
+        self, rows: Sequence[np.ndarray], prefix: Seen, candidates: Sequence[np.ndarray]
+    ) -> list[list[float]]:
+        """log p(candidate | prompt).
+
+        Args:
+            rows: B arrays of token ids, without those of the prefix.
+            prefix: what they all begin with.
+            candidates: C arrays of token ids.
+
+        Returns:
+            B lists of C.
+        """
+        import torch
+
+        with torch.inference_mode():
+            scores = score_candidates(self.model, rows, candidates, prefix=prefix, pad=self._pad)
+        self._check(scores)
+        return scores.double().cpu().tolist()
+
+    def _decode(
+        self,
+        rows: Sequence[np.ndarray],
+        prefix: Seen,
+        branches: int,
+        choose: "Callable[[torch.Tensor, list[tuple[int, int]], int], np.ndarray]",
+    ) -> list[list[str]]:
+        """`branches` answers to each row; `choose` picks a token for each line of logits."""
+        import torch
+
+        answers: list[list[list[int]]] = [[[] for _ in range(branches)] for _ in rows]
+        alive = [(row, branch) for row in range(len(rows)) for branch in range(branches)]
+        read = self._by_tree if takes_trees(self.model) else self._one_by_one
+        with torch.inference_mode():
+            step_logits = read(rows, prefix, answers)
+            for step in range(NEW_TOKENS):
+                logits = step_logits(alive)
+                self._check(logits)
+                for (row, branch), token in zip(alive, choose(logits, alive, step).tolist(), strict=True):
+                    answers[row][branch].append(token)
+                alive = [(row, branch) for row, branch in alive if not self._ended(answers[row][branch])]
+                if not alive:
+                    break
+        return [[self._text(tokens) for tokens in of_row] for of_row in answers]
+
+    def _by_tree(
+        self, rows: Sequence[np.ndarray], prefix: Seen, answers: list[list[list[int]]]
+    ) -> "Callable[[list[tuple[int, int]]], torch.Tensor]":
+        seen, begin = prefix.fork(), prefix.length
+        prompts = [
+            Tokens.of(tokens, position=np.arange(begin, begin + len(tokens)), row=row, branches=ALL)
+            for row, tokens in enumerate(rows)
+        ]
+        ends = np.cumsum([len(tokens) for tokens in rows]) - 1
+
+        def logits(alive: list[tuple[int, int]]) -> "torch.Tensor":
+            if not answers[alive[0][0]][alive[0][1]]:
+                first = tree_logits(self.model, Tokens.join(prompts), ends.tolist(), seen=seen)
+                return first.repeat_interleave(len(answers[0]), dim=0)
+            row, branch = (np.array(column) for column in zip(*alive, strict=True))
+            given = [answers[r][b] for r, b in alive]
+            last = Tokens.of(
+                np.array([tokens[-1] for tokens in given]),
+                position=np.array([begin + len(rows[r]) + len(answers[r][b]) - 1 for r, b in alive]),
+                row=row,
+                branches=np.left_shift(1, branch),
+            )
+            return tree_logits(self.model, last, range(len(alive)), seen=seen)
+
+        return logits
+
+    def _one_by_one(
+        self, rows: Sequence[np.ndarray], prefix: Seen, answers: list[list[list[int]]]
+    ) -> "Callable[[list[tuple[int, int]]], torch.Tensor]":
+        """For architectures that cannot take trees: each sequence whole and alone, slow and plain."""
+        import torch
+
+        def one(row: int, branch: int) -> torch.Tensor:
+            ids = np.concatenate([prefix.ids, rows[row], np.array(answers[row][branch], dtype=np.int64)])
+            input_ids = torch.as_tensor(ids.astype(np.int64), device=self.model.device)[None]
+            return self.model(input_ids=input_ids, use_cache=False).logits[0, -1]
+
+        def logits(alive: list[tuple[int, int]]) -> torch.Tensor:
+            if not answers[alive[0][0]][alive[0][1]]:
+                return torch.stack([one(row, 0) for row in range(len(rows))]).repeat_interleave(len(answers[0]), dim=0)
+            return torch.stack([one(row, branch) for row, branch in alive])
+
+        return logits
+
+    def _ended(self, tokens: list[int]) -> bool:
+        last = tokens[-1]
+        if last in self._stops:
+            return True
+        if last not in self._breaks:
+            self._breaks[last] = "\n" in self._tokenizer.decode([last])
+        return self._breaks[last] and "\n" in self._whole(tokens).lstrip()
+
+    def _whole(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _text(self, tokens: list[int]) -> str:
+        return self._whole(tokens).lstrip().partition("\n")[0].rstrip()
+
+    def _check(self, values: "torch.Tensor") -> None:
+        if values.isnan().any():
+            raise BackboneError(f"{self._name} gives NaN in {self.model.dtype}; try --compute-dtype float32")
+
+
+def _draw(logits: "torch.Tensor", uniform: "torch.Tensor") -> "torch.Tensor":
+    """One token for each line: where the running sum of the probabilities passes a uniform draw."""
+    import torch
+
+    kind = torch.float32 if logits.device.type == "mps" else torch.float64  # which mps has not
+    total = logits.float().softmax(-1).to(kind).cumsum(-1)
+    place = (uniform.to(kind) * total[:, -1])[:, None]
+    return torch.searchsorted(total, place, right=True)[:, 0].clamp(max=logits.shape[1] - 1)

@@ -1,0 +1,242 @@
+"""`--readouts`: what the LLM itself answers to the rows of a cache, written beside its hidden states."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..cache.errors import CacheError, DataError
+from ..cache.lock import lock_folder
+from ..cache.manifest import load_manifest
+from ..cache.readouts import Readout, part_rows, pending_parts, save_part
+from .backbone import Backbone
+from .batches import Budget, run_in_batches
+from .candidates import answer_ids, candidate_scores, format_score
+from .generator import NEW_TOKENS, Generator, refuse_encoder
+from .prompt import fill, prompt_fields
+from .rows import SplitData
+from .settings import ExtractSettings
+from .shots import TRAIN, Prompts, choose_examples, common_prefix
+from .sources import TextData
+from .tree import Seen
+
+if TYPE_CHECKING:
+    from .pipeline import Progress
+
+SAMPLES = 16
+SEED = 0
+_PACKED = {"cpu": 512}
+"""Tokens that go through the LLM at once. Each is compared with all others of its batch, though it sees its own row
+only: more of them than the common beginning has would cost more than they save."""
+_PACKED_ELSEWHERE = 4096
+
+
+@dataclass(frozen=True)
+class ReadoutSummary:
+    """One readout of one split."""
+
+    split: str
+    name: str
+    rows: int
+    shots: int
+    """Examples that were asked for."""
+    shots_used: int
+    """Examples that fitted."""
+    computed: int
+    """Rows that were asked about this time."""
+    seconds: float
+    """Computing those took that long."""
+
+
+def refuse_unanswerable(data: TextData, backbone: Backbone, settings: ExtractSettings) -> None:
+    """Refuse readouts that cannot be, before the work.
+
+    Raises:
+        BackboneError: for an encoder.
+        DataError: if there are no splits to ask about, or examples are asked for and there are none.
+    """
+    refuse_encoder(backbone)
+    if set(data.splits) <= {TRAIN}:
+        raise DataError(
+            f"readouts are of all splits but {TRAIN}, and no other was given; add one such as --data test=FILE"
+        )
+    choose_examples(data.splits.get(TRAIN), max(settings.shots), data.label_range)
+
+
+def add_readouts(
+    folder: Path, data: TextData, backbone: Backbone, settings: ExtractSettings, progress: "Progress | None"
+) -> tuple[ReadoutSummary, ...]:
+    """Ask the LLM about every row of the given splits but the training split, and write its answers into the cache.
+
+    What is there already is kept, and an interrupted readout goes on at the first part that is not there.
+
+    Args:
+        folder: a cache that holds the splits.
+        data: the texts.
+        backbone: the LLM.
+        settings: which readouts, with how many shots.
+        progress: hears of notes and progress; None for silence.
+
+    Raises:
+        DataError: if a row leaves no room for an answer.
+        CacheError: if the cache holds readouts of other settings, or one cannot be written.
+    """
+    examples = choose_examples(data.splits.get(TRAIN), max(settings.shots), data.label_range)
+    prompts = Prompts(backbone, examples, chat_template=settings.chat_template)
+    with lock_folder(folder, CacheError):
+        jobs = [
+            job
+            for split in data.splits
+            if split != TRAIN
+            for shots in settings.shots
+            for job in _plan(folder, split, data, prompts, shots, backbone, settings)
+        ]
+        pending = [job for job in jobs if job.pending]
+        if pending:
+            if progress is not None:
+                compute = str(backbone.compute_dtype).removeprefix("torch.")
+                progress.note(f"loading {backbone.files.name} with its LM head ({compute}, {backbone.device})")
+            generator = Generator(backbone)
+            for job in pending:
+                _run(folder, job, data.splits[job.readout.split], prompts, generator, backbone, settings, progress)
+    return tuple(job.summary(len(data.splits[job.readout.split].texts)) for job in jobs)
+
+
+@dataclass
+class _Job:
+    """One readout to be made of one split."""
+
+    readout: Readout
+    pending: list[int]
+    tokens: list[np.ndarray]
+    """Of each candidate; empty for other kinds."""
+    computed: int = 0
+    seconds: float = 0.0
+
+    def summary(self, rows: int) -> ReadoutSummary:
+        one = self.readout
+        return ReadoutSummary(
+            one.split, one.name, rows, one.shots, one.shots_used, self.computed, round(self.seconds, 3)
+        )
+
+
+def _plan(
+    folder: Path,
+    split: str,
+    data: TextData,
+    prompts: Prompts,
+    shots: int,
+    backbone: Backbone,
+    settings: ExtractSettings,
+) -> list[_Job]:
+    manifest = load_manifest(folder)
+    texts = data.splits[split].texts
+    if manifest.splits[split].truncated:
+        raise DataError(
+            f"{manifest.splits[split].truncated} rows of {split} were cut by --truncate, and what they ask with them; "
+            "leave --readouts out, or extract whole rows with a larger --max-length"
+        )
+    limit = backbone.context or manifest.identity.max_length
+    used = prompts.fitting(split, texts, limit, shots)
+    plan = Readout(
+        identity=manifest.identity,
+        split=split,
+        fingerprint=manifest.splits[split].fingerprint,
+        kind="",
+        shots=shots,
+        shots_used=used,
+        settings={"examples": prompts.hash(used)},
+    )
+    jobs = []
+    for kind in settings.readouts:
+        more: dict[str, Any] = {"new_tokens": NEW_TOKENS}
+        tokens = []
+        if kind == "samples":
+            more |= {"samples": SAMPLES, "temperature": 1.0, "seed": SEED}
+        elif kind == "candidates":
+            scores = candidate_scores(data.label_range)
+            # Any row would do: the tokens of a prompt stay as they are, whatever is answered.
+            before = prompts.text(fill(data.prompt, {field: field for field in prompt_fields(data.prompt)}), 0)
+            border = prompts.border(used)
+            tokens = [
+                answer_ids(backbone.tokenizer, before, format_score(y, data.label_range), **border) for y in scores
+            ]
+            more = {"candidates": scores, "end": border["end"]}
+        readout = replace(plan, kind=kind, settings={**plan.settings, **more})
+        jobs.append(_Job(readout, pending_parts(folder, readout, len(texts)), tokens))
+    return jobs
+
+
+def _run(
+    folder: Path,
+    job: _Job,
+    split: SplitData,
+    prompts: Prompts,
+    generator: Generator,
+    backbone: Backbone,
+    settings: ExtractSettings,
+    progress: "Progress | None",
+) -> None:
+    readout = job.readout
+    tokens = prompts.tokens(split.texts, readout.shots_used)
+    shared = common_prefix(tokens)
+    started = time.perf_counter()
+    prefix = generator.read_prefix(tokens[0][:shared])
+    rows = [row[shared:] for row in tokens]
+    parts = [part_rows(len(rows), number) for number in job.pending]
+    if progress is not None:
+        progress.note(f"asking about {readout.split}: {readout.name}, {shared:,} tokens read once for all rows")
+        progress.begin(sum(map(len, parts)), sum(len(rows[row]) for part in parts for row in part))
+    default = _PACKED.get(backbone.device.type, _PACKED_ELSEWHERE)
+    budget = Budget(settings.batch_tokens or min(max(default, shared), backbone.default_batch_tokens))
+    for part in parts:
+        answers = _answer(job, [rows[row] for row in part], part, generator, prefix, budget, progress)
+        seconds = time.perf_counter() - started
+        ids = tuple(split.ids[row] for row in part)
+        save_part(folder, replace(readout, rows=tuple(part), ids=ids, answers=tuple(answers), seconds=seconds))
+        job.computed += len(part)
+        job.seconds += seconds
+        started = time.perf_counter()
+
+
+def _answer(
+    job: _Job,
+    rows: Sequence[np.ndarray],
+    numbers: range,
+    generator: Generator,
+    prefix: Seen,
+    budget: Budget,
+    progress: "Progress | None",
+) -> list[Any]:
+    """The answers to some rows, in their order."""
+    more = sum(len(candidate) - 1 for candidate in job.tokens) or NEW_TOKENS
+    order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
+    lengths = [len(rows[row]) + more for row in order]
+    answers: list[Any] = [None] * len(rows)
+
+    def forward(batch: range) -> list[Any]:
+        chosen = [order[place] for place in batch]
+        tokens = [rows[row] for row in chosen]
+        if job.readout.kind == "greedy":
+            return generator.greedy(tokens, prefix)
+        if job.readout.kind == "samples":
+            return generator.samples(tokens, prefix, np.stack([_uniform(numbers[row]) for row in chosen]))
+        return [_rounded(row) for row in generator.candidates(tokens, prefix, job.tokens)]
+
+    for batch, found in run_in_batches(lengths, budget, forward):
+        for place, answer in zip(batch, found, strict=True):
+            answers[order[place]] = answer
+        if progress is not None:
+            progress.advance(len(batch), sum(len(rows[order[place]]) for place in batch))
+    return answers
+
+
+def _uniform(row: int) -> np.ndarray:
+    return np.random.default_rng((SEED, row)).random((SAMPLES, NEW_TOKENS))
+
+
+def _rounded(log_p: list[float]) -> list[float]:
+    return [round(value, 6) for value in log_p]

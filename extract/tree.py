@@ -1,0 +1,196 @@
+"""Many texts that share their beginnings, through an LLM as one sequence: nothing shared is computed or kept twice.
+
+A tree of tokens: the examples of a prompt, then each row's own text, then what may be answered to it. Each token sees
+the tokens before it on its own path, at the position it has there, so that every path comes out as if it were alone.
+There is no padding. (Known as tree attention from speculative decoding, Miao et al., SpecInfer, ASPLOS 2024.)
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+ALL = -1
+"""As a row: a token before all rows. As branches: a token on every branch of its row."""
+_tested: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """n tokens of a tree; each field is (n,) int64."""
+
+    ids: np.ndarray
+    position: np.ndarray
+    """How many tokens come before it on its path."""
+    row: np.ndarray
+    """Whose text it is in, or ALL."""
+    branches: np.ndarray
+    """The branches of that row it is on, a bit for each (63 at most), or ALL."""
+
+    @classmethod
+    def of(
+        cls, ids: np.ndarray, *, position: np.ndarray, row: "int | np.ndarray", branches: "int | np.ndarray"
+    ) -> "Tokens":
+        """Make them; a single row or branch is that of all tokens."""
+        filled = (np.broadcast_to(np.asarray(value, dtype=np.int64), len(ids)) for value in (position, row, branches))
+        return cls(np.asarray(ids, dtype=np.int64), *filled)
+
+    @classmethod
+    def join(cls, pieces: "Sequence[Tokens]") -> "Tokens":
+        """One after another."""
+        fields = ("ids", "position", "row", "branches")
+        return cls(*(np.concatenate([getattr(piece, field) for piece in pieces]) for field in fields))
+
+
+class Seen:
+    """What a model has read of a tree: keys and values, and whose they are."""
+
+    def __init__(self, tokens: Tokens, past: Any) -> None:
+        self.tokens = tokens
+        self.past = past
+        """A DynamicCache of transformers."""
+
+    @property
+    def ids(self) -> np.ndarray:
+        """(n,) int64 token ids."""
+        return self.tokens.ids
+
+    @property
+    def length(self) -> int:
+        """Tokens read."""
+        return len(self.tokens.ids)
+
+    def fork(self) -> "Seen":
+        """A second one that may grow without changing this one; keys and values are shared until then."""
+        past = copy.copy(self.past)
+        if past is not None:
+            past.layers = [copy.copy(layer) for layer in past.layers]
+        return Seen(self.tokens, past)
+
+
+def read_prefix(model: Any, ids: np.ndarray) -> Seen:
+    """Run what all rows begin with, once.
+
+    Args:
+        model: a causal LM of transformers.
+        ids: (n,) token ids, n may be 0.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    # Without the configuration a cache keeps every token, of layers with a sliding window too: the masks say what is
+    # seen.
+    seen = Seen(Tokens.of(ids, position=np.arange(len(ids)), row=ALL, branches=ALL), DynamicCache())
+    if len(ids) and takes_trees(model):
+        input_ids = torch.as_tensor(seen.ids, device=model.device)[None]
+        model(input_ids=input_ids, past_key_values=seen.past, use_cache=True, logits_to_keep=1)
+    return seen
+
+
+def tree_logits(model: Any, tokens: Tokens, keep: Sequence[int], *, seen: Seen | None = None) -> "torch.Tensor":
+    """Run n tokens of a tree.
+
+    Args:
+        model: a causal LM that `takes_trees`.
+        tokens: the tokens; a token comes after those it sees.
+        keep: of which of them the next token's logits are wanted.
+        seen: what was read before; grows by these tokens. None to keep nothing, as in training.
+
+    Returns:
+        (len(keep), vocabulary) in the compute dtype.
+    """
+    import torch
+
+    device = model.device
+    keys = Tokens.join([seen.tokens, tokens]) if seen is not None else tokens
+    kept = torch.tensor(list(keep), device=device)
+    more = {"past_key_values": seen.past, "use_cache": True} if seen is not None else {"use_cache": False}
+    logits = model(
+        input_ids=torch.as_tensor(tokens.ids, device=device)[None],
+        position_ids=torch.as_tensor(np.ascontiguousarray(tokens.position), device=device)[None],
+        attention_mask=_masks(model, tokens, keys),
+        logits_to_keep=kept,
+        **more,
+    ).logits[0]
+    if seen is not None:
+        seen.tokens = keys
+    return logits if len(logits) == len(kept) else logits[kept]
+
+
+def takes_trees(model: Any) -> bool:
+    """Whether a model gives for a tree what it gives for each path alone; tried once on a few tokens.
+
+    Recurrent layers, and positions that are not told through `position_ids`, do not.
+    """
+    if model not in _tested:
+        config = model.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ())
+        _tested[model] = kinds <= {"full_attention", "sliding_attention"} and _same_as_alone(model)
+    return _tested[model]
+
+
+def _same_as_alone(model: Any) -> bool:
+    import torch
+
+    size = model.get_input_embeddings().num_embeddings
+    paths = [[(7 * n + 3) % size for n in range(first, first + 5)] for first in (0, 11)]
+    paths[1][:2] = paths[0][:2]
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            alone = [model(input_ids=torch.tensor([path], device=model.device)).logits[0, -1] for path in paths]
+            _tested[model] = True  # so that the prefix is read
+            seen = read_prefix(model, np.array(paths[0][:2]))
+            for n in (2, 3, 4):
+                step = Tokens.of(
+                    np.array([path[n] for path in paths]), position=np.array([n, n]), row=np.arange(2), branches=1
+                )
+                logits = tree_logits(model, step, range(2), seen=seen)
+        expected = torch.stack(alone).float()
+        share = 1e-3 if logits.dtype == torch.float32 else 0.05
+        return bool((logits.float() - expected).abs().max() <= share * expected.abs().max())
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:
+        # A model that cannot take masks or positions of ours says so in whatever way its code does.
+        return False
+    finally:
+        del _tested[model]
+        for module, mode in modes:
+            module.training = mode
+
+
+def _masks(model: Any, queries: Tokens, keys: Tokens) -> Any:
+    """(1, 1, n, n + seen): what each token sees. For layers of two kinds, one for each."""
+    import torch
+
+    config = model.config.get_text_config()
+
+    def place(values: np.ndarray) -> torch.Tensor:
+        return torch.as_tensor(np.ascontiguousarray(values), device=model.device)
+
+    distance = place(queries.position)[:, None] - place(keys.position)
+    key_row = place(keys.row)
+    sees = (key_row == ALL) | (key_row == place(queries.row)[:, None])
+    sees &= (place(keys.branches) & place(queries.branches)[:, None]) != 0
+    sees &= distance >= 0
+
+    def mask(seen: torch.Tensor) -> torch.Tensor:
+        if config._attn_implementation == "eager":
+            least = torch.finfo(model.dtype).min
+            return torch.zeros(seen.shape, dtype=model.dtype, device=seen.device).masked_fill(~seen, least)[None, None]
+        return seen[None, None]
+
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or ({"sliding_attention"} if window else {"full_attention"}))
+    if "sliding_attention" not in kinds or window is None or int(distance.max()) < window:
+        return mask(sees)
+    near = mask(sees & (distance < window))
+    return {"full_attention": mask(sees), "sliding_attention": near} if len(kinds) > 1 else near

@@ -1,4 +1,4 @@
-"""`relish extract`."""
+"""`relish extract`, and `relish tune` beside it."""
 
 import json
 from dataclasses import asdict
@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .tune_command import tune
+
 if TYPE_CHECKING:
     from .pipeline import ExtractSummary
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command to the command line."""
+    """Add the commands to the command line."""
     app.command(no_args_is_help=True)(extract)
+    app.command(no_args_is_help=True)(tune)
 
 
 def extract(

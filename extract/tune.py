@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..cache.errors import AdapterError, require_extra
@@ -22,7 +21,7 @@ from .generator import refuse_encoder
 from .pipeline import check_lengths, choose_max_length, made_by
 from .sources import TextData, load_texts
 from .tune_loop import Examples, Listener, tune
-from .tune_methods import HEAD, Method, raft_method, regression_method
+from .tune_methods import HEAD, Answers, Method, raft_method, regression_method
 from .tune_rows import TuneRows, choose_rows
 from .tune_settings import TuneSettings
 from .tune_state import TuneState, saved_setup
@@ -91,14 +90,19 @@ def tune_adapter(
             return _summary(folder, tuned, already=True)
         if (folder / CHECKPOINT).exists():
             _refuse_other_setup(folder, saved_setup(folder / CHECKPOINT), setup)
-        examples = [_examples(rows, backbone, settings, max_length) for rows in (train, val)]
+        answers = None
+        if settings.method == "raft":
+            answers = Answers.over(
+                data.label_range, backbone=backbone, prompt=data.prompt, chat_template=settings.chat_template
+            )
+        examples = [_examples(rows, backbone, settings, max_length, answers) for rows in (train, val)]
         if listener is not None:
             name, kind = backbone.files.name, str(backbone.compute_dtype).removeprefix("torch.")
             listener.note(f"loading {name} ({kind}, {backbone.device})")
         device = backbone.device
         # The caller's generator stays as it was.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            tuned = _tune(peft, folder, data, backbone, examples, settings, setup, listener)
+            tuned = _tune(peft, folder, data, backbone, examples, answers, settings, setup, listener)
         return _summary(folder, tuned, already=False)
 
 
@@ -108,6 +112,7 @@ def _tune(
     data: TextData,
     backbone: Backbone,
     examples: list[Examples],
+    answers: Answers | None,
     settings: TuneSettings,
     setup: dict[str, Any],
     listener: Listener | None,
@@ -116,7 +121,10 @@ def _tune(
     model = backbone.place(backbone.read_model("AutoModelForCausalLM"))
     frozen = sum(parameter.numel() for parameter in model.parameters())
     adapted = add_adapter(peft, model, settings)
-    method = _method(model, backbone, data, examples[0].target, settings)
+    if answers is not None:
+        method = raft_method(model, backbone, answers, data.label_range)
+    else:
+        method = regression_method(model, backbone, examples[0].target)
     parameters = {name: value for name, value in adapted.named_parameters() if value.requires_grad}
     if method.head is not None:
         parameters |= {f"head.{name}": value for name, value in method.head.named_parameters()}
@@ -155,12 +163,6 @@ def add_adapter(peft: Any, model: Any, settings: TuneSettings) -> Any:
         # GPT-2's layers keep their weights the other way round: peft says so and does the right thing.
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
         return peft.get_peft_model(model, config)
-
-
-def _method(model: Any, backbone: Backbone, data: TextData, target: np.ndarray, settings: TuneSettings) -> Method:
-    if settings.method == "lora":
-        return regression_method(model, backbone, target)
-    raise NotImplementedError
 
 
 def _finish(
@@ -226,10 +228,17 @@ def _open_backbone(settings: TuneSettings) -> Backbone:
     return backbone
 
 
-def _examples(rows: TuneRows, backbone: Backbone, settings: TuneSettings, max_length: int) -> Examples:
-    tokens, _ = backbone.tokenize(
-        rows.texts, chat_template=settings.chat_template, max_length=max_length, truncate=settings.truncate
-    )
+def _examples(
+    rows: TuneRows, backbone: Backbone, settings: TuneSettings, max_length: int, answers: Answers | None
+) -> Examples:
+    if answers is None:
+        tokens, _ = backbone.tokenize(
+            rows.texts, chat_template=settings.chat_template, max_length=max_length, truncate=settings.truncate
+        )
+    else:
+        tokens = answers.prompts.tokens(rows.texts, 0)
+        if backbone.context is not None:
+            max_length = min(max_length, backbone.context - max(map(len, answers.tokens)))
     check_lengths(rows.name, tokens, max_length)
     return Examples(tokens, rows.target)
 

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from ..cache.errors import AdapterError
 from .adapter import Adapter
 from .backbone import Backbone
+from .candidates import answer_ids, candidate_scores, format_score, score_candidates
+from .prompt import fill, prompt_fields
+from .shots import Prompts
 
 HEAD = "head.safetensors"
 
@@ -98,24 +101,43 @@ def load_regression_head(adapter: Adapter) -> RegressionHead:
     return head.eval()
 
 
-def raft_method(
-    model: Any, backbone: Backbone, label_range: tuple[float, float], candidates: Sequence[np.ndarray], values: Sequence[float]
-) -> Method:
+@dataclass(frozen=True)
+class Answers:
+    """What may be answered to a prompt, as `relish extract --readouts candidates` asks it too."""
+
+    prompts: Prompts
+    values: list[float]
+    """C scores."""
+    tokens: list[np.ndarray]
+    """Token ids of each, with its end marker."""
+
+    @classmethod
+    def over(
+        cls, label_range: tuple[float, float], *, backbone: Backbone, prompt: str, chat_template: bool
+    ) -> "Answers":
+        """A grid over the label range, written as the tokenizer of `backbone` writes it after the prompt."""
+        prompts = Prompts(backbone, [], chat_template=chat_template)
+        values = candidate_scores(label_range)
+        # Any row would do: the tokens of a prompt stay as they are, whatever is answered.
+        before = prompts.text(fill(prompt, {field: field for field in prompt_fields(prompt)}), 0)
+        border = prompts.border(0)
+        tokens = [answer_ids(backbone.tokenizer, before, format_score(y, label_range), **border) for y in values]
+        return cls(prompts, values, tokens)
+
+
+def raft_method(model: Any, backbone: Backbone, answers: Answers, label_range: tuple[float, float]) -> Method:
     """The method raft: Σ_c p(c | x) · c over the candidate scores, p as the LLM has it, not normalised over them.
 
     Args:
         model: the causal LM, its adapter inside.
         backbone: it belongs to.
+        answers: the candidates.
         label_range: smallest and largest possible score.
-        candidates: C arrays of token ids, an answer each.
-        values: the C numbers they stand for.
     """
-    from .candidates import score_candidates
-
     pad = backbone.pad_token(model)
-    numbers = torch.tensor(values, dtype=torch.float32, device=backbone.device)
+    values = torch.tensor(answers.values, dtype=torch.float32, device=backbone.device)
 
     def predict(rows: Sequence[np.ndarray]) -> Tensor:
-        return score_candidates(model, rows, candidates, pad=pad).exp() @ numbers
+        return score_candidates(model, rows, answers.tokens, pad=pad).exp() @ values
 
     return Method(predict, unit=label_range[1] - label_range[0])

@@ -53,6 +53,8 @@ class TuneSettings(TextSettings):
             raise SettingsError(f"dropout must be at least 0 and below 1, not {self.dropout}")
         if self.seed < 0:
             raise SettingsError(f"a seed is at least 0, not {self.seed}")
+        if self.truncate and self.method == "raft":
+            raise SettingsError("raft asks at the end of the prompt, where truncate cuts; leave --truncate out")
         if self.loss is not None:
             one_of("loss", self.loss, LOSSES)
             if self.method != "lora":

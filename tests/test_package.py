@@ -29,6 +29,7 @@ PUBLIC = [
     "RelishError",
     "RelishHead",
     "TrainSettings",
+    "TuneSettings",
     "__version__",
     "evaluate_runs",
     "extract_cache",
@@ -36,6 +37,7 @@ PUBLIC = [
     "open_cache",
     "predict_scores",
     "train_heads",
+    "tune_adapter",
 ]
 
 

@@ -93,3 +93,12 @@ def test_a_load_run(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert (result["rows"], result["kills"], result["caches_that_differ"]) == (300, 3, 0)
+
+
+def test_lora_check(tmp_path):
+    result, shown = run("lora_check.py", tmp_path / "lora_check.json")
+    (mine,), (other,) = result["sides"].values()
+    assert mine["trainable_parameters"] == other["trainable_parameters"] + 1  # a bias
+    # Two draws of weights and dropout: both learn the made-up rows.
+    assert min(mine["pearson"], other["pearson"]) > 0.8
+    assert "| relish tune |" in shown

@@ -59,9 +59,8 @@ def info(
         answers = Table("split", "readout", "rows", "shots", "seconds", "", box=None, header_style="bold")
         for one in figures["readouts"]:
             rows = f"{one['rows']:,}" + ("" if one["rows"] == one["of"] else f" of {one['of']:,}")
-            answers.add_row(
-                one["split"], one["name"], rows, str(one["shots_used"]), f"{one['seconds']:,.1f}", one["problem"]
-            )
+            shots = "" if one["shots_used"] is None else str(one["shots_used"])
+            answers.add_row(one["split"], one["name"], rows, shots, f"{one['seconds']:,.1f}", one["state"])
         console.print(answers)
     facts = Table.grid(padding=(0, 2))
     if "packed" in figures:

@@ -162,16 +162,14 @@ def load_readouts(folder: Path, manifest: Manifest, split: str) -> tuple[list[Re
         split: one of its splits.
 
     Returns:
-        Those that are complete, in the order of the rows, sorted by kind and shots; and a sentence for each that is not,
+        Those that are complete, in the order of the rows, sorted by shots and kind; and for each that is not a sentence
         on what is missing or damaged.
     """
     found, wrong = [], []
-    record = manifest.splits[split]
-    for name in sorted(readout_names(folder, split), key=_order):
-        try:
-            found.append(_whole(folder, manifest.identity, record, split, name))
-        except CacheError as error:
-            wrong.append(str(error))
+    for name in readout_names(folder, split):
+        readout, problem = _whole_or_why(folder, manifest, split, name)
+        found += [readout] if readout is not None else []
+        wrong += [problem] if problem else []
     return found, wrong
 
 
@@ -192,14 +190,10 @@ def readouts_info(folder: Path, manifest: Manifest) -> list[dict[str, Any]]:
     figures = []
     for split, record in manifest.splits.items():
         for name in readout_names(folder, split):
-            parts, problem = [], ""
-            for number in range(part_count(record.rows)):
-                try:
-                    parts.append(load_part(part_path(folder, split, name, number)))
-                except FileNotFoundError:
-                    problem = problem or "not finished"
-                except CacheError:
-                    problem = "damaged"
+            paths = [part_path(folder, split, name, number) for number in range(part_count(record.rows))]
+            loaded = [_load_or_none(path) for path in paths if path.exists()]
+            parts = [part for part in loaded if part is not None]
+            state = "complete" if len(parts) == len(paths) else "damaged" if len(parts) < len(loaded) else "unfinished"
             figures.append(
                 {
                     "split": split,
@@ -208,8 +202,7 @@ def readouts_info(folder: Path, manifest: Manifest) -> list[dict[str, Any]]:
                     "rows": sum(len(part.rows) for part in parts),
                     "of": record.rows,
                     "seconds": round(sum(part.seconds for part in parts), 3),
-                    "complete": not problem,
-                    "problem": problem,
+                    "state": state,
                 }
             )
     return figures
@@ -268,6 +261,20 @@ def merged_readouts(caches: Sequence[tuple[Path, Manifest]]) -> list[Path]:
                 if len(parts) > len(chosen.get((split, name), [])):
                     chosen[split, name] = parts
     return [path for parts in chosen.values() for path in parts]
+
+
+def _load_or_none(path: Path) -> Readout | None:
+    try:
+        return load_part(path)
+    except CacheError:
+        return None
+
+
+def _whole_or_why(folder: Path, manifest: Manifest, split: str, name: str) -> tuple[Readout | None, str]:
+    try:
+        return _whole(folder, manifest.identity, manifest.splits[split], split, name), ""
+    except CacheError as error:
+        return None, str(error)
 
 
 def _whole(folder: Path, identity: Identity, record: SplitRecord, split: str, name: str) -> Readout:

@@ -68,13 +68,18 @@ def changing_report(folder: Path) -> Iterator[Path]:
 
 
 def results_json(results: Results) -> dict[str, Any]:
-    """The content of results.json; NaN becomes None. A cell has "status" only where that is not "ok"."""
+    """The content of results.json; NaN becomes None.
+
+    A cell has "status" only where that is not "ok", and "answers" only where the LLM itself answered.
+    """
     cells = []
     for cell in results.cells:
         entry: dict[str, Any] = {"head": cell.head, "depth": cell.depth, "seed": cell.seed}
         entry |= {"parameters": cell.parameters, **cell.metrics}
         if cell.status != "ok":
             entry["status"] = cell.status
+        if cell.answers is not None:
+            entry["answers"] = cell.answers
         cells.append(entry)
     groups = [
         {"head": g.head, "depth": g.depth, "seeds": g.seeds, "parameters": g.parameters, **g.metrics}

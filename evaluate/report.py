@@ -14,6 +14,7 @@ from ..train.metrics import METRIC_NAMES, METRICS
 from .plots import plot_depth, plot_scatter
 from .summary import Results, Summary
 from .tables import (
+    answer_notes,
     best_means,
     failure_notes,
     format_depth,
@@ -71,6 +72,7 @@ def write_report(results: Results, folder: Path) -> Path:
         comparison=comparison(results),
         best_means=best_means(results),
         notes=failure_notes(results),
+        answer_notes=answer_notes(results),
         metrics=METRICS,
         names=METRIC_NAMES,
         heading=heading,

@@ -14,6 +14,7 @@ from ..train.diverged import find_diverged
 from ..train.loop import predict_rows
 from ..train.run import Run, find_runs, load_head
 from .files import changing_report, check_report_folder, write_results
+from .readouts import readout_cells
 from .summary import CellPredictions, Results, summarise
 
 
@@ -36,7 +37,8 @@ def evaluate_runs(
         device: cuda, mps, cpu or auto.
         progress: called with heads scored and heads in all.
 
-    Cells that diverged in training are listed with that status and count in no figure.
+    Cells that diverged in training are listed with that status and count in no figure. What the LLM itself answered to
+    the split (`relish extract --readouts`) is scored beside the heads.
 
     Returns:
         Figures per cell, and per head and depth over its seeds with bootstrap intervals.
@@ -69,8 +71,16 @@ def evaluate_runs(
         nothing = np.full(len(rows), np.nan)
         status = f"diverged in training: {lost.reason}"
         cells.append(CellPredictions(lost.head, lost.depth, lost.seed, lost.parameters, nothing, status))
+    answered, left_out = readout_cells(opened, rows.split)
     results = summarise(
-        split, found[0].label_range, rows.split.ids, rows.split.row, rows.target, cells, _meta(found[0], opened)
+        split,
+        found[0].label_range,
+        rows.split.ids,
+        rows.split.row,
+        rows.target,
+        [*cells, *answered],
+        _meta(found[0], opened),
+        left_out,
     )
     if out is not None:
         from .report import write_report

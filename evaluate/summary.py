@@ -41,6 +41,8 @@ class CellPredictions:
     """(N,) predicted scores, in the label's unit."""
     status: str = "ok"
     """Anything else says in words why the cell must not count, such as "diverged"."""
+    answers: dict[str, Any] | None = None
+    """Of the LLM's own answers: shots, and how many were no number, replaced and clipped; None for a trained head."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Cell:
     parameters: int
     metrics: dict[str, float]
     status: str = "ok"
+    answers: dict[str, Any] | None = None
+    """As in `CellPredictions`."""
 
     @property
     def label(self) -> str:
@@ -94,6 +98,8 @@ class Results:
     """(cells, N), in the order of `cells`."""
     meta: dict[str, Any]
     """What made them (model, prompt, layers, …): shown in the report as it stands."""
+    left_out: tuple[str, ...] = ()
+    """A sentence for each readout that could not be used."""
 
     @property
     def rows(self) -> int:
@@ -129,6 +135,7 @@ def summarise(
     targets: Sequence[float] | NDArray[np.floating],
     cells_with_predictions: Sequence[CellPredictions],
     meta: Mapping[str, Any],
+    left_out: Sequence[str] = (),
 ) -> Results:
     """Compute every figure and interval of a split.
 
@@ -157,7 +164,7 @@ def summarise(
     for place, (cell, line) in enumerate(zip(given, predictions, strict=True)):
         status = cell.status if cell.status != "ok" or np.isfinite(line).all() else "not finite"
         metrics = score(target, line, label_range) if status == "ok" else dict.fromkeys(METRICS, math.nan)
-        cells.append(Cell(cell.head, cell.depth, cell.seed, cell.parameters, metrics, status))
+        cells.append(Cell(cell.head, cell.depth, cell.seed, cell.parameters, metrics, status, cell.answers))
         if status == "ok":
             members.setdefault((cell.head, cell.depth), []).append(place)
 
@@ -179,6 +186,7 @@ def summarise(
         target=target,
         predictions=predictions,
         meta=dict(meta),
+        left_out=tuple(left_out),
     )
 
 

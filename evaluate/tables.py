@@ -4,6 +4,7 @@ import math
 from typing import TYPE_CHECKING
 
 from ..train.metrics import HIGHER_IS_BETTER, METRIC_NAMES, METRICS
+from .readouts import answers_note
 from .summary import Estimate, Results
 
 if TYPE_CHECKING:
@@ -46,6 +47,12 @@ def failure_notes(results: Results) -> list[str]:
     return [f"{c.label}, seed {c.seed}, does not count: {' '.join(c.status.split())}." for c in results.failed]
 
 
+def answer_notes(results: Results) -> list[str]:
+    """What must be known of the LLM's own answers: a sentence for each such line, and for each that was left out."""
+    notes = [answers_note(cell.label, cell.answers) for cell in results.cells if cell.answers is not None]
+    return [*filter(None, notes), *results.left_out]
+
+
 def caption(results: Results) -> str:
     """What the numbers of a table mean."""
     low, high = results.label_range
@@ -74,7 +81,7 @@ def to_markdown(results: Results) -> str:
             mean = f"**{mean}**" if group.metrics[name]["mean"] == best[name] else mean
             columns.append(" ".join(part for part in (mean, *rest) if part))
         lines.append("| " + " | ".join(columns) + " |")
-    return "\n".join([*lines, "", " ".join([caption(results), *failure_notes(results)]), ""])
+    return "\n".join([*lines, "", " ".join([caption(results), *failure_notes(results), *answer_notes(results)]), ""])
 
 
 _LATEX = {character: f"\\{character}" for character in "&%$#_{}"}
@@ -95,7 +102,7 @@ def to_latex(results: Results) -> str:
     lines = [
         r"% needs \usepackage{booktabs}",
         "% " + caption(results).partition(" [")[0],
-        *(f"% {note}" for note in failure_notes(results)),
+        *(f"% {note}" for note in (*failure_notes(results), *answer_notes(results))),
         rf"\begin{{tabular}}{{l{'r' * (3 + len(METRICS))}}}",
         r"\toprule",
         " & ".join(["Head", "$L$", "Parameters", "Seeds", *(_latex(heading(name)) for name in METRICS)]) + r" \\",
@@ -127,7 +134,7 @@ def print_table(results: Results, console: "Console") -> None:
 
     best = best_means(results)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, caption_justify="left")
-    table.caption = Text(fit(" ".join([caption(results), *failure_notes(results)])))
+    table.caption = Text(fit(" ".join([caption(results), *failure_notes(results), *answer_notes(results)])))
     table.add_column("head", overflow="fold")
     for title in ("L", "parameters", "seeds", *map(heading, _CONSOLE_METRICS)):
         table.add_column(fit(title), justify="right", no_wrap=True)

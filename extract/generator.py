@@ -98,9 +98,9 @@ class Generator:
         import torch
 
         def choose(logits: torch.Tensor, alive: list[tuple[int, int]], step: int) -> np.ndarray:
-            draws = torch.tensor([uniform[row, branch, step] for row, branch in alive], device=logits.device)
-            pieces = max(1, _SAMPLED // logits.shape[1])
-            chosen = [_draw(*piece) for piece in zip(logits.split(pieces), draws.split(pieces), strict=True)]
+            draws = torch.tensor([uniform[row, branch, step] for row, branch in alive])
+            lines = max(1, _SAMPLED // logits.shape[1])
+            chosen = [_draw(*piece) for piece in zip(logits.split(lines), draws.split(lines), strict=True)]
             return torch.cat(chosen).cpu().numpy()
 
         return self._decode(rows, prefix, uniform.shape[1], choose)
@@ -122,7 +122,7 @@ class Generator:
 
         with torch.inference_mode():
             scores = score_candidates(self.model, rows, candidates, prefix=prefix, pad=self._pad)
-        self._check(scores)
+        self._refuse(not scores.isfinite().all())
         return scores.double().cpu().tolist()
 
     def _decode(
@@ -142,7 +142,7 @@ class Generator:
             step_logits = read(rows, prefix, answers)
             for step in range(NEW_TOKENS):
                 logits = step_logits(alive)
-                self._check(logits)
+                self._refuse(bool(logits.isnan().any()))
                 for (row, branch), token in zip(alive, choose(logits, alive, step).tolist(), strict=True):
                     answers[row][branch].append(token)
                 alive = [(row, branch) for row, branch in alive if not self._ended(answers[row][branch])]
@@ -208,9 +208,10 @@ class Generator:
     def _text(self, tokens: list[int]) -> str:
         return self._whole(tokens).lstrip().partition("\n")[0].rstrip()
 
-    def _check(self, values: "torch.Tensor") -> None:
-        if values.isnan().any():
-            raise BackboneError(f"{self._name} gives NaN in {self.model.dtype}; try --compute-dtype float32")
+    def _refuse(self, broken: bool) -> None:
+        if broken:
+            dtype = str(self.model.dtype).removeprefix("torch.")
+            raise BackboneError(f"{self._name} gives NaN or infinity in {dtype}; try --compute-dtype float32")
 
 
 def _draw(logits: "torch.Tensor", uniform: "torch.Tensor") -> "torch.Tensor":
@@ -219,5 +220,5 @@ def _draw(logits: "torch.Tensor", uniform: "torch.Tensor") -> "torch.Tensor":
 
     kind = torch.float32 if logits.device.type == "mps" else torch.float64  # which mps has not
     total = logits.float().softmax(-1).to(kind).cumsum(-1)
-    place = (uniform.to(kind) * total[:, -1])[:, None]
+    place = (uniform.to(kind).to(logits.device) * total[:, -1])[:, None]
     return torch.searchsorted(total, place, right=True)[:, 0].clamp(max=logits.shape[1] - 1)

@@ -11,7 +11,7 @@ import numpy as np
 from ..cache.errors import DataError
 from .backbone import Backbone
 from .candidates import format_score
-from .chat import chat_border, chat_text
+from .chat import chat_border, chat_text, check_chat_template
 from .generator import NEW_TOKENS
 from .rows import SplitData
 
@@ -72,6 +72,7 @@ class Prompts:
         self._chat = chat_template
         self._thought, self._lead, self._chat_end = "", None, ""
         if chat_template:
+            check_chat_template(backbone.tokenizer, backbone.files.name)
             lead, self._chat_end = chat_border(backbone.tokenizer)
             # What an LLM that thinks writes before its answer is put into the prompt; white space it writes itself.
             self._thought, self._lead = (lead, "") if lead.strip() else ("", lead)

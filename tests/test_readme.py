@@ -176,7 +176,8 @@ def test_every_field_of_the_manifest_is_described() -> None:
     from relish.cache.archive import PackedShard
     from relish.cache.identity import Identity
     from relish.cache.manifest import Manifest, ShardRecord, SplitRecord
+    from relish.cache.readouts import Readout
 
-    for record in (Identity, Manifest, SplitRecord, ShardRecord, PackedShard):
+    for record in (Identity, Manifest, SplitRecord, ShardRecord, PackedShard, Readout):
         for field in fields(record):
             assert f"| `{field.name}` |" in CACHE_README, field.name

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from ..cache.errors import AdapterError
 from .adapter import Adapter
 from .backbone import Backbone
-from .candidates import answer_ids, candidate_scores, format_score, score_candidates
-from .prompt import fill, prompt_fields
+from .candidates import score_candidates
 from .shots import Prompts
 
 HEAD = "head.safetensors"
@@ -117,12 +116,7 @@ class Answers:
     ) -> "Answers":
         """A grid over the label range, written as the tokenizer of `backbone` writes it after the prompt."""
         prompts = Prompts(backbone, [], chat_template=chat_template)
-        values = candidate_scores(label_range)
-        # Any row would do: the tokens of a prompt stay as they are, whatever is answered.
-        before = prompts.text(fill(prompt, {field: field for field in prompt_fields(prompt)}), 0)
-        border = prompts.border(0)
-        tokens = [answer_ids(backbone.tokenizer, before, format_score(y, label_range), **border) for y in values]
-        return cls(prompts, values, tokens)
+        return cls(prompts, *prompts.candidates(prompt, label_range, 0))
 
 
 def raft_method(model: Any, backbone: Backbone, answers: Answers, label_range: tuple[float, float]) -> Method:

@@ -19,17 +19,13 @@ from .rows import SplitData
 from .settings import ExtractSettings
 from .shots import TRAIN, Prompts, choose_examples, common_prefix
 from .sources import TextData
-from .tree import Seen
+from .tree import Seen, pack_size
 
 if TYPE_CHECKING:
     from .pipeline import Progress
 
 SAMPLES = 16
 SEED = 0
-_PACKED = {"cpu": 512}
-"""Tokens that go through the LLM at once. Each is compared with all others of its batch, though it sees its own row
-only: more of them than the common beginning has would cost more than they save."""
-_PACKED_ELSEWHERE = 4096
 
 
 @dataclass(frozen=True)
@@ -182,7 +178,7 @@ def _run(
     if progress is not None:
         progress.note(f"asking about {readout.split}: {readout.name}, {shared:,} tokens read once for all rows")
         progress.begin(sum(map(len, parts)), sum(len(rows[row]) for part in parts for row in part))
-    default = _PACKED.get(backbone.device.type, _PACKED_ELSEWHERE)
+    default = pack_size(backbone.device.type)
     budget = Budget(settings.batch_tokens or min(max(default, shared), backbone.default_batch_tokens))
     for part in parts:
         answers = _answer(job, [rows[row] for row in part], part, generator, prefix, budget, progress)

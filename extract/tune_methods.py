@@ -20,6 +20,7 @@ from .adapter import Adapter
 from .backbone import Backbone
 from .candidates import score_candidates
 from .shots import Prompts
+from .tree import pack_size
 
 HEAD = "head.safetensors"
 
@@ -131,7 +132,16 @@ def raft_method(model: Any, backbone: Backbone, answers: Answers, label_range: t
     pad = backbone.pad_token(model)
     values = torch.tensor(answers.values, dtype=torch.float32, device=backbone.device)
 
+    more = sum(len(tokens) - 1 for tokens in answers.tokens)
+    size = pack_size(backbone.device.type)
+
     def predict(rows: Sequence[np.ndarray]) -> Tensor:
-        return score_candidates(model, rows, answers.tokens, pad=pad).exp() @ values
+        packs: list[list[np.ndarray]] = [[]]
+        for row in rows:
+            if packs[-1] and sum(len(other) + more for other in [*packs[-1], row]) > size:
+                packs.append([])
+            packs[-1].append(row)
+        scores = [score_candidates(model, pack, answers.tokens, pad=pad) for pack in packs]
+        return torch.cat(scores).exp() @ values
 
     return Method(predict, unit=label_range[1] - label_range[0])

@@ -74,7 +74,7 @@ class Adapter:
         return []
 
     def _names_another(self, files: BackboneFiles) -> bool:
-        """Whether adapter_config.json names another backbone. It may name a path or a hub id, so the last part counts."""
+        """Whether adapter_config.json names another backbone: the last part counts, of a path or a hub id."""
         made_on = re.split(r"[\\/]", str(self.config.get("base_model_name_or_path") or ""))[-1]
         return made_on.lower() not in ("", *re.split(r"[\\/]", files.name.lower()))
 
@@ -119,7 +119,9 @@ def read_adapter(folder: str | Path) -> Adapter:
         )
     sha256 = adapter_hash(folder)
     if tuned is not None and sha256 != tuned["sha256_of_adapter"]:
-        raise AdapterError(f"the adapter {folder} is not as relish wrote it: it was edited or damaged; {_way_out(folder)}")
+        raise AdapterError(
+            f"the adapter {folder} is not as relish wrote it: it was edited or damaged; {_way_out(folder)}"
+        )
     return Adapter(folder, config, sha256, tuned)
 
 

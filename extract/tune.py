@@ -51,13 +51,11 @@ class TuneSummary:
     """Whether it was there already, and nothing was done."""
 
 
-def tune_adapter(
-    adapter: str | Path, settings: TuneSettings, *, listener: Listener | None = None
-) -> TuneSummary:
+def tune_adapter(adapter: str | Path, settings: TuneSettings, *, listener: Listener | None = None) -> TuneSummary:
     """Fine-tune a causal LM through a LoRA adapter, and keep the weights of the best epoch.
 
-    Run again after an interruption, it goes on from the last checkpoint; the adapter comes out as it would have, bit for
-    bit on the CPU. `relish extract --adapter` then merges it into the backbone.
+    Run again after an interruption, it goes on from the last checkpoint; the adapter comes out as it would have, bit
+    for bit on the CPU. `relish extract --adapter` then merges it into the backbone.
 
     Args:
         adapter: folder of the adapter, made if it is not there.
@@ -162,6 +160,7 @@ def add_adapter(peft: Any, model: Any, settings: TuneSettings) -> Any:
     with warnings.catch_warnings():
         # GPT-2's layers keep their weights the other way round: peft says so and does the right thing.
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
+        warnings.simplefilter("ignore", FutureWarning)  # of what peft calls in transformers
         return peft.get_peft_model(model, config)
 
 

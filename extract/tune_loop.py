@@ -165,9 +165,7 @@ def warmup_cosine(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def figures(
-    target: np.ndarray, prediction: np.ndarray, label_range: tuple[float, float]
-) -> tuple[float, float | None]:
+def figures(target: np.ndarray, prediction: np.ndarray, label_range: tuple[float, float]) -> tuple[float, float | None]:
     """NRMSE, the root mean squared error by the width of the label range, and Pearson, None if either is constant."""
     nrmse = float(np.sqrt(np.mean((prediction - target) ** 2))) / (label_range[1] - label_range[0])
     if np.ptp(target) == 0 or np.ptp(prediction) == 0:
@@ -206,9 +204,7 @@ def _take_step(method: Method, state: TuneState, rows: list[np.ndarray], target:
 
 
 def _diverged(step: int) -> AdapterError:
-    return AdapterError(
-        f"the loss was no longer finite after step {step}; tune into another folder with a lower --lr"
-    )
+    return AdapterError(f"the loss was no longer finite after step {step}; tune into another folder with a lower --lr")
 
 
 def _seed_of(seed: int, step: int) -> int:
@@ -220,7 +216,9 @@ def _announce(
 ) -> None:
     done, begin = divmod(state.step, per_epoch)
     left = settings.epochs - done
-    gone = [row for batch in epoch_batches(len(train), settings.batch_size, settings.seed, done)[:begin] for row in batch]
+    gone = [
+        row for batch in epoch_batches(len(train), settings.batch_size, settings.seed, done)[:begin] for row in batch
+    ]
     rows = left * (len(train) + len(val)) - len(gone)
     lengths = [sum(map(len, part)) for part in (train.tokens, val.tokens, train.of(gone))]
     if rows:

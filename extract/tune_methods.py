@@ -8,7 +8,6 @@ the LLM's own probabilities of the answers.
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np

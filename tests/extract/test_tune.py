@@ -37,7 +37,9 @@ def contents(folder):
 
 def weights(folder):
     """All bytes of an adapter but tune.json's, which holds times."""
-    return {name: content for name, content in contents(folder).items() if name.endswith(("safetensors", "config.json"))}
+    return {
+        name: content for name, content in contents(folder).items() if name.endswith(("safetensors", "config.json"))
+    }
 
 
 # What is learned
@@ -95,7 +97,9 @@ def test_only_adapter_and_head_change(tune_settings, tmp_path, monkeypatch, meth
         frozen = {name: value.clone() for name, value in model.named_parameters() if not value.requires_grad}
         trained = {name: value.detach().clone() for name, value in state.parameters.items()}
         real(model, state_method, state, *arguments, **options)
-        seen["frozen"] = all(torch.equal(value, frozen[name]) for name, value in model.named_parameters() if name in frozen)
+        seen["frozen"] = all(
+            torch.equal(value, frozen[name]) for name, value in model.named_parameters() if name in frozen
+        )
         seen["changed"] = {name for name, value in state.parameters.items() if not torch.equal(value, trained[name])}
         seen["trained"] = set(trained)
 
@@ -175,7 +179,7 @@ def test_peft_loads_it(tuned, tiny_model, method, arch):
 
     folder = tuned(method, arch)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model(arch)), folder)
-    written, loaded = load_file(folder / FILES[1]), get_peft_model_state_dict(model)
+    written, loaded = load_file(folder / FILES[1]), get_peft_model_state_dict(model, save_embedding_layers=False)
     assert set(written) == set(loaded)
     assert all(torch.equal(written[name], loaded[name]) for name in written)
     config = model.peft_config["default"]
@@ -219,7 +223,8 @@ def test_a_tuning_that_was_stopped_goes_on_to_the_same_adapter(
     assert weights(tmp_path / "a") == weights(tuned(method))
     assert not (tmp_path / "a" / CHECKPOINT).exists()
     histories = [
-        [{**record, "seconds": 0} for record in read_tuned(folder)["history"]] for folder in (tmp_path / "a", tuned(method))
+        [{**record, "seconds": 0} for record in read_tuned(folder)["history"]]
+        for folder in (tmp_path / "a", tuned(method))
     ]
     assert histories[0] == histories[1]
 
@@ -354,7 +359,7 @@ def test_rows_that_are_too_long_are_refused(tune_settings, tmp_path, method):
 
 def test_a_loss_that_is_not_finite_ends_it(tune_settings, tmp_path):
     with pytest.raises(AdapterError) as caught:
-        tune_adapter(tmp_path / "a", tune_settings(lr=1e30))
+        tune_adapter(tmp_path / "a", tune_settings(lr=1e38))
     assert re.fullmatch(
         r"the loss was no longer finite after step \d+; tune into another folder with a lower --lr", str(caught.value)
     )
@@ -409,7 +414,9 @@ def test_the_command_from_tables_to_a_cache(run_cli, files, tiny_model, tmp_path
     again = run_cli(*words)
     assert again.exit_code == 0
     first, middle, last = again.stdout.splitlines()
-    assert re.match(rf"{tmp_path / 'a'}: lora, [\d,]+ trainable parameters \([\d.]+ % of the backbone's\), best epoch", first)
+    assert re.match(
+        rf"{tmp_path / 'a'}: lora, [\d,]+ trainable parameters \([\d.]+ % of the backbone's\), best epoch", first
+    )
     assert middle == "it was finished already"
     assert last == f"next: relish extract CACHE --model {tiny_model('llama')} … --adapter {tmp_path / 'a'}"
 
@@ -417,17 +424,20 @@ def test_the_command_from_tables_to_a_cache(run_cli, files, tiny_model, tmp_path
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--method", "dora"], "method must be one of lora, raft, not 'dora'"),
-        (["--method", "raft", "--loss", "mse"], "the method raft has a loss of its own; leave --loss out"),
-        (["--method", "lora", "--loss", "l1"], "loss must be one of huber, mse, not 'l1'"),
+        (["--task", "stsb", "--method", "dora"], "method must be one of lora, raft, not 'dora'"),
         (
-            ["--method", "raft", "--truncate"],
+            ["--task", "stsb", "--method", "raft", "--loss", "mse"],
+            "the method raft has a loss of its own; leave --loss out",
+        ),
+        (["--task", "stsb", "--method", "lora", "--loss", "l1"], "loss must be one of huber, mse, not 'l1'"),
+        (
+            ["--task", "stsb", "--method", "raft", "--truncate"],
             "raft asks at the end of the prompt, where truncate cuts; leave --truncate out",
         ),
-        (["--method", "lora", "--rank", "0"], "rank must be at least 1, not 0"),
-        (["--method", "lora", "--lr", "-1"], "lr must be a number above 0, not -1.0"),
-        (["--method", "lora", "--dropout", "1"], "dropout must be at least 0 and below 1, not 1.0"),
-        (["--method", "lora", "--seed", "-1"], "a seed is at least 0, not -1"),
+        (["--task", "stsb", "--method", "lora", "--rank", "0"], "rank must be at least 1, not 0"),
+        (["--task", "stsb", "--method", "lora", "--lr", "-1"], "lr must be a number above 0, not -1.0"),
+        (["--task", "stsb", "--method", "lora", "--dropout", "1"], "dropout must be at least 0 and below 1, not 1.0"),
+        (["--task", "stsb", "--method", "lora", "--seed", "-1"], "a seed is at least 0, not -1"),
         (["--method", "lora"], "no rows to read: give --data SPLIT=FILE, --hub ID, or a --task preset"),
     ],
 )

@@ -35,7 +35,7 @@ def open_backbone(folder):
 
 @pytest.fixture
 def adapted(tiny_model, tune_settings):
-    """`adapted("llama")`: backbone, causal LM with an adapter whose weights are all random, and that adapter's weights."""
+    """`adapted("llama")`: backbone, causal LM with an adapter of random weights, and that adapter's weights."""
     import peft
 
     def make(arch):
@@ -107,18 +107,19 @@ def test_raft_equals_each_candidate_scored_alone_in_values_and_gradients(adapted
     plain_loss = ((torch.stack(plain) - target) / 5).square().mean()
     plain_gradients = torch.autograd.grad(plain_loss, list(parameters.values()))
 
-    torch.testing.assert_close(predictions, torch.stack(plain), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(loss, plain_loss, rtol=1e-5, atol=1e-7)
-    assert any(gradient.abs().max() > 1e-6 for gradient in gradients)
+    # A random LLM finds every number unlikely, so that all this is small.
+    torch.testing.assert_close(predictions, torch.stack(plain), rtol=1e-4, atol=0)
+    torch.testing.assert_close(loss, plain_loss, rtol=1e-5, atol=0)
+    scale = max(gradient.abs().max().item() for gradient in plain_gradients)
+    assert scale > 0
     for name, ours, theirs in zip(parameters, gradients, plain_gradients, strict=True):
-        scale = max(gradient.abs().max().item() for gradient in plain_gradients)
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * scale, msg=name)
 
 
 def test_a_chats_answer_ends_its_turn(tiny_model):
     backbone = open_backbone(tiny_model("llama"))
     answers = Answers.over(RANGE, backbone=backbone, prompt=PROMPT, chat_template=True)
-    assert [backbone.tokenizer.decode(ids) for ids in answers.tokens[:2]] == ["0</s>", "0.5</s>"]
+    assert [backbone.tokenizer.decode(ids) for ids in answers.tokens[:2]] == [" 0</s>", " 0.5</s>"]
     (row,) = answers.prompts.tokens(["Rate: warm\nScore:"], 0)
     assert backbone.tokenizer.decode(row) == "<s>user: Rate: warm\nScore:</s><s>assistant:"
 
@@ -198,9 +199,7 @@ def test_a_head_that_is_not_there_or_damaged_is_named(tuned, tmp_path):
 
     with pytest.raises(AdapterError) as caught:
         load_regression_head(read_adapter(tuned("raft")))
-    assert str(caught.value) == (
-        "the adapter raft-llama has no regression head; relish tune --method lora makes one"
-    )
+    assert str(caught.value) == ("the adapter raft-llama has no regression head; relish tune --method lora makes one")
     folder = shutil.copytree(tuned("lora"), tmp_path / "a")
     path = folder / "head.safetensors"
     path.write_bytes(path.read_bytes()[:-1])

@@ -5,8 +5,9 @@
 
 The other side is AutoModelForSequenceClassification(num_labels=1) with peft's LoRA in a plain loop: the same r, α,
 dropout, rows, batches, epochs, learning rates and standardised targets, squared error, the best epoch by validation
-NRMSE. What differs: its head begins with random weights and has no bias, and each side draws its own first weights and
-dropout. So figures differ as they do between seeds, and --seeds takes several.
+NRMSE. What differs: its head begins with random weights and has no bias, and each side draws its own dropout. So figures
+differ as they do between seeds, and --seeds takes several. With --same-start there is no dropout, and its head has a
+bias and begins with zeros: then both must learn the same but for rounding.
 """
 
 import copy
@@ -14,6 +15,7 @@ import math
 import statistics
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -101,7 +103,7 @@ def ours(model: Path, settings: TuneSettings, splits: Splits, folder: Path) -> d
     return described(predictions, splits["test"], summary.trainable_parameters, summary.seconds, summary.best_epoch)
 
 
-def theirs(model: Path, settings: TuneSettings, splits: Splits) -> dict[str, Any]:
+def theirs(model: Path, settings: TuneSettings, splits: Splits, *, same_start: bool) -> dict[str, Any]:
     import peft
     from transformers import AutoModelForSequenceClassification
 
@@ -110,6 +112,11 @@ def theirs(model: Path, settings: TuneSettings, splits: Splits) -> dict[str, Any
     pad = regressor.config.pad_token_id
     if pad is None:
         pad = regressor.config.pad_token_id = bare(model).pad_token(regressor)
+    if same_start:
+        regressor.score = nn.Linear(regressor.config.hidden_size, 1)
+        nn.init.zeros_(regressor.score.weight)
+        nn.init.zeros_(regressor.score.bias)
+    torch.manual_seed(settings.seed)
     adapted = peft.get_peft_model(
         regressor,
         peft.LoraConfig(
@@ -179,9 +186,11 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=TuneSettings.epochs)
     parser.add_argument("--lr", type=float)
     parser.add_argument("--seeds", type=int, default=1, help="how many")
+    parser.add_argument("--same-start", action="store_true", help="the same first weights, no dropout")
     given = parser.parse_args()
     if given.data is None and not given.small:
         parser.error("give the folder of STS-B, or --small")
+    warnings.simplefilter("ignore", FutureWarning)  # of what peft calls in transformers
     with tempfile.TemporaryDirectory() as home:
         if given.small:
             model = tiny_model(Path(home) / "tiny")
@@ -204,11 +213,12 @@ def main() -> None:
                 lr=given.lr,
                 batch_size=BATCH,
                 seed=seed,
+                dropout=0.0 if given.same_start else TuneSettings.dropout,
                 device="cpu",
             )
             splits = read_splits(settings, test, model)
             sides["relish tune"].append(ours(model, settings, splits, Path(home) / f"adapter-{seed}"))
-            sides["transformers and peft"].append(theirs(model, settings, splits))
+            sides["transformers and peft"].append(theirs(model, settings, splits, same_start=given.same_start))
     save(given.out, {"rows": given.rows, "epochs": given.epochs, "seeds": given.seeds, "sides": sides})
     lines = [
         (

@@ -115,9 +115,9 @@ def _tune(
     setup: dict[str, Any],
     listener: Listener | None,
 ) -> dict[str, Any]:
-    torch.manual_seed(settings.seed)
     model = backbone.place(backbone.read_model("AutoModelForCausalLM"))
     frozen = sum(parameter.numel() for parameter in model.parameters())
+    torch.manual_seed(settings.seed)
     adapted = add_adapter(peft, model, settings)
     if answers is not None:
         method = raft_method(model, backbone, answers, data.label_range)

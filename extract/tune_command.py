@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from .tune_settings import TuneSettings
-
 
 def tune(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of the adapter, made if it is not there.")],
@@ -51,17 +49,17 @@ def tune(
     truncate: Annotated[
         bool, typer.Option("--truncate", help="Cut longer rows at their end, the prompt's end included.")
     ] = False,
-    rank: Annotated[int, typer.Option(help="Width of the low-rank products.")] = TuneSettings.rank,
-    alpha: Annotated[int, typer.Option(help="They are scaled by alpha / rank.")] = TuneSettings.alpha,
-    dropout: Annotated[float, typer.Option(help="On their input, in training.")] = TuneSettings.dropout,
-    epochs: Annotated[int, typer.Option(help="Passes over the training rows; the best is kept.")] = TuneSettings.epochs,
+    rank: Annotated[int, typer.Option(help="Width of the low-rank products.")] = 8,
+    alpha: Annotated[int, typer.Option(help="They are scaled by alpha / rank.")] = 16,
+    dropout: Annotated[float, typer.Option(help="On their input, in training.")] = 0.05,
+    epochs: Annotated[int, typer.Option(help="Passes over the training rows; the best is kept.")] = 3,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate; default the method's own, 3e-4.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows per step.")] = TuneSettings.batch_size,
+    batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 16,
     loss: Annotated[str | None, typer.Option(help="Of the method lora: huber (default) or mse.")] = None,
     rows: Annotated[
         int | None, typer.Option(help="Train on so many rows only, drawn at random, the same for every seed.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Draws first weights, order of rows and dropout.")] = TuneSettings.seed,
+    seed: Annotated[int, typer.Option(help="Draws first weights, order of rows and dropout.")] = 0,
     compute_dtype: Annotated[
         str, typer.Option(help="Type the backbone runs in; auto: the checkpoint's own on cuda, float32 elsewhere.")
     ] = "auto",
@@ -81,6 +79,7 @@ def tune(
     from .live import ExtractBar
     from .settings import parse_data, parse_label_range
     from .tune import tune_adapter
+    from .tune_settings import TuneSettings
 
     settings = TuneSettings(
         model=model,

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -47,7 +47,7 @@ class Examples:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def of(self, rows: Sequence[int]) -> list[np.ndarray]:
+    def of(self, rows: Iterable[int]) -> list[np.ndarray]:
         """Token ids of some."""
         return [self.tokens[row] for row in rows]
 

@@ -12,6 +12,7 @@ from relish.extract import tune_loop
 from relish.extract.adapter import CHECKPOINT, read_adapter, read_tuned
 from relish.extract.tune import tune_adapter
 from relish.extract.tune_methods import HEAD, RegressionHead
+from relish.extract.tune_settings import TuneSettings
 
 METHODS = ("lora", "raft")
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -450,6 +451,14 @@ def test_the_command_from_tables_to_a_cache(run_cli, files, tiny_model, tmp_path
 def test_wrong_input_is_one_sentence(run_cli, tmp_path, words, sentence):
     result = run_cli("tune", tmp_path / "a", "--model", "m", *words)
     assert (result.exit_code, result.stdout, result.stderr) == (2, "", f"error: {sentence}\n")
+
+
+def test_the_commands_defaults_are_the_settings(run_cli, files, tiny_model, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr("relish.extract.tune.tune_adapter", lambda _, settings, **__: given.append(settings) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_cli("tune", tmp_path / "a", "--model", "m", "--method", "raft", "--task", "stsb")
+    assert given == [TuneSettings(model="m", method="raft", task="stsb")]
 
 
 def test_notes_say_what_was_taken_and_what_is_not_used(tune_settings, tiny_rows, tmp_path):

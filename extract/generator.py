@@ -60,6 +60,11 @@ class Generator:
         self._stops = {token for token in (*stops, self._tokenizer.eos_token_id) if token is not None}
         self._breaks: dict[int, bool] = {}
 
+    @property
+    def one_by_one(self) -> bool:
+        """Whether every sequence goes through the LLM alone, since its architecture allows nothing else."""
+        return not takes_trees(self.model)
+
     def read_prefix(self, ids: np.ndarray) -> Seen:
         """Read what all rows begin with, once; (n,) token ids, n may be 0."""
         import torch
@@ -137,7 +142,7 @@ class Generator:
 
         answers: list[list[list[int]]] = [[[] for _ in range(branches)] for _ in rows]
         alive = [(row, branch) for row in range(len(rows)) for branch in range(branches)]
-        read = self._by_tree if takes_trees(self.model) else self._one_by_one
+        read = self._one_by_one if self.one_by_one else self._by_tree
         with torch.inference_mode():
             step_logits = read(rows, prefix, answers)
             for step in range(NEW_TOKENS):

@@ -94,6 +94,10 @@ def add_readouts(
                 compute = str(backbone.compute_dtype).removeprefix("torch.")
                 progress.note(f"loading {backbone.files.name} with its LM head ({compute}, {backbone.device})")
             generator = Generator(backbone)
+            if generator.one_by_one and progress is not None:
+                progress.note(
+                    "note: of this architecture every answer is computed from its first token on, which is slow"
+                )
             for job in pending:
                 _run(folder, job, data.splits[job.readout.split], prompts, generator, backbone, settings, progress)
     return tuple(job.summary(len(data.splits[job.readout.split].texts)) for job in jobs)

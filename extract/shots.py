@@ -57,7 +57,7 @@ def choose_examples(train: SplitData | None, count: int, label_range: tuple[floa
     if not len(labelled):
         raise DataError(f"no row of the split {TRAIN} has a label, so it has no examples for --shots {count}")
     drawn = np.random.default_rng(SEED).permutation(labelled)[:count].tolist()
-    return [Example(train.texts[row], format_score(train.targets[row], label_range)) for row in drawn]
+    return [Example(train.texts[row], format_score(float(train.targets[row]), label_range)) for row in drawn]
 
 
 class Prompts:

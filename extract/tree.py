@@ -38,7 +38,7 @@ class Tokens:
         cls, ids: np.ndarray, *, position: np.ndarray, row: "int | np.ndarray", branches: "int | np.ndarray"
     ) -> "Tokens":
         """Make them; a single row or branch is that of all tokens."""
-        filled = (np.broadcast_to(np.asarray(value, dtype=np.int64), len(ids)) for value in (position, row, branches))
+        filled = (np.full(len(ids), value, dtype=np.int64) for value in (position, row, branches))
         return cls(np.asarray(ids, dtype=np.int64), *filled)
 
     @classmethod
@@ -122,7 +122,7 @@ def tree_logits(model: Any, tokens: Tokens, keep: Sequence[int], *, seen: Seen |
     more = {"past_key_values": seen.past, "use_cache": True} if seen is not None else {"use_cache": False}
     logits = model(
         input_ids=torch.as_tensor(tokens.ids, device=device)[None],
-        position_ids=torch.as_tensor(np.ascontiguousarray(tokens.position), device=device)[None],
+        position_ids=torch.as_tensor(tokens.position, device=device)[None],
         attention_mask=_masks(model, tokens, keys),
         logits_to_keep=kept,
         **more,
@@ -183,7 +183,7 @@ def _masks(model: Any, queries: Tokens, keys: Tokens) -> Any:
     config = model.config.get_text_config()
 
     def place(values: np.ndarray) -> torch.Tensor:
-        return torch.as_tensor(np.ascontiguousarray(values), device=model.device)
+        return torch.as_tensor(values, device=model.device)
 
     distance = place(queries.position)[:, None] - place(keys.position)
     key_row = place(keys.row)

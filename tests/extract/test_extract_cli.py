@@ -57,6 +57,7 @@ def test_a_table_becomes_a_cache(extract, table, tmp_path):
         "padding_overhead": pytest.approx(1.0, abs=0.05),
         "computed_tokens": int(cache.split("train").lengths.sum()),
         "skipped": [],
+        "readouts": [],
     }
     assert "label range 0 to 5, taken from the training split (--label-range sets it)\n" in result.stderr
 

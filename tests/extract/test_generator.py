@@ -66,7 +66,7 @@ def grid(tokenizer):
 def test_greedy_answers_are_those_of_each_row_alone_without_any_cache(tiny_model, arch):
     made = make(tiny_model(arch))
     shared = common_prefix(made[1])
-    assert shared > 20
+    assert shared > 15
     prefix, rows = split_at(made, shared)
     expected = [greedy_by_hand(made, row) for row in made[1]]
     assert made[0].greedy(rows, prefix) == expected

@@ -5,9 +5,9 @@
 
 The other side is AutoModelForSequenceClassification(num_labels=1) with peft's LoRA in a plain loop: the same r, α,
 dropout, rows, batches, epochs, learning rates and standardised targets, squared error, the best epoch by validation
-NRMSE. What differs: its head begins with random weights and has no bias, and each side draws its own dropout. So figures
-differ as they do between seeds, and --seeds takes several. With --same-start there is no dropout, and its head has a
-bias and begins with zeros: then both must learn the same but for rounding.
+NRMSE. What differs: its head begins with random weights and has no bias, and each side draws its own dropout. So
+figures differ as they do between seeds, and --seeds takes several. With --same-start there is no dropout, and its head
+has a bias and begins with zeros: then both must learn the same but for rounding.
 """
 
 import copy

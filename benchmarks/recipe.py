@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from relish.train.grid import train_heads
-from relish.train.settings import TrainSettings, parse_range
+from relish.train.settings import TrainSettings, parse_layer, parse_range
 
 START = {"epochs": 10, "weight_decay": 0.01}
 """Where the search began: what a recipe does not name."""
@@ -111,7 +111,7 @@ if __name__ == "__main__":
     parser.add_argument("--head", default="relish")
     parser.add_argument("--depths", default="3")
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--layer", type=int)
+    parser.add_argument("--layer", type=parse_layer)
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     if given.table:

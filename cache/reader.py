@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -30,7 +30,7 @@ class Batch(NamedTuple):
     """B rows, padded to the longest of them: T token slots."""
 
     hidden: "torch.Tensor"
-    """(B, T, D) in the storage dtype, zero where padded."""
+    """(B, T, D) in the storage dtype, zero where padded; (B, K, T, D) of a split that is open at all K layers."""
     mask: "torch.Tensor"
     """(B, T) bool, True = real token."""
 
@@ -67,12 +67,13 @@ class FeatureCache:
         """Names of the splits."""
         return tuple(self.manifest.splits)
 
-    def split(self, name: str, *, layer: int | None = None) -> "Split":
-        """Open one split at one layer.
+    def split(self, name: str, *, layer: int | Literal["all"] | None = None) -> "Split":
+        """Open one split at one layer, or at all of them.
 
         Args:
             name: such as "train".
-            layer: one of `layers`; may be left out when there is but one.
+            layer: one of `layers`, which may be left out when there is but one; "all" for hidden states (B, K, T, D) of
+                the K `layers` in their order.
 
         Raises:
             CacheError: if the split is missing, incomplete or damaged, or has not each row once, or the layer is not in
@@ -91,7 +92,7 @@ class FeatureCache:
             )
         if not record.shards:
             raise CacheError(f"the split {name!r} of the cache {self.folder} is empty: every row of it was skipped")
-        split = Split(self, name, record.shards, self.layer_position(layer))
+        split = Split(self, name, record.shards, None if layer == "all" else self.layer_position(layer))
         wrong = lost_or_doubled(record, split.row)
         if wrong:
             raise CacheError(f"the split {name!r} of the cache {self.folder} {wrong}")
@@ -113,15 +114,19 @@ class FeatureCache:
 
 
 class Split:
-    """The N rows of one split at one layer, numbered in the order of the input file."""
+    """The N rows of one split at one layer or at all, numbered in the order of the input file."""
 
-    def __init__(self, cache: FeatureCache, name: str, shards: tuple[ShardRecord, ...], layer: int) -> None:
+    def __init__(self, cache: FeatureCache, name: str, shards: tuple[ShardRecord, ...], position: int | None) -> None:
         self._files: OrderedDict[int, int] = OrderedDict()
         # Not __del__: at the interpreter's exit the modules it needs may be gone.
         weakref.finalize(self, _close_all, self._files)
         self.cache = cache
         self.name = name
-        self._layer = layer
+        self.layers = cache.layers if position is None else (cache.layers[position],)
+        """The layers that `read` gives, counted as transformers does."""
+        self.stacked = position is None
+        """Whether `read` gives all layers, (B, K, T, D)."""
+        self._wanted = tuple(range(len(cache.layers))) if position is None else (position,)
         self._shards = shards
         dtype = storage_dtype(cache.identity.dtype)
         self._layouts = [HiddenLayout(len(cache.layers), shard.T, cache.hidden_size, dtype) for shard in shards]
@@ -143,9 +148,12 @@ class Split:
         counts = [shard.rows for shard in shards]
         self._shard_of = np.repeat(np.arange(len(shards)), counts)[order]
         self._position = np.concatenate([np.arange(count) for count in counts])[order]
-        first = [shard.offset + layout.place(0, layer) for shard, layout in zip(shards, self._layouts, strict=True)]
+        first = [
+            [shard.offset + layout.place(0, layer) for layer in self._wanted]
+            for shard, layout in zip(shards, self._layouts, strict=True)
+        ]
         row_bytes = np.array([layout.row_bytes for layout in self._layouts])
-        self._begin = np.array(first)[self._shard_of] + self._position * row_bytes[self._shard_of]
+        self._begin = np.array(first)[self._shard_of] + (self._position * row_bytes[self._shard_of])[:, None]
 
     def __len__(self) -> int:
         return len(self.row)
@@ -170,22 +178,24 @@ class Split:
         rows = np.flatnonzero(rows) if rows.dtype == bool else rows.astype(np.int64)
         lengths = self.lengths[rows]
         T = int(lengths.max(initial=0))
-        hidden = torch.empty(len(rows), T, self.cache.hidden_size, dtype=self._dtype.torch)
+        hidden = torch.empty(len(rows), len(self._wanted), T, self.cache.hidden_size, dtype=self._dtype.torch)
         token_bytes = self._layouts[0].token_bytes
-        memory = hidden.view(torch.uint8).numpy().reshape(len(rows), T * token_bytes)
+        memory = hidden.view(torch.uint8).numpy().reshape(len(rows), len(self._wanted), T * token_bytes)
         for row in rows[~self._checked[rows]].tolist():  # those read before are likely to be in memory
             shard = int(self._shard_of[row])
             begin = self._shards[shard].offset + self._layouts[shard].place(int(self._position[row]), 0)
             read_soon(self._file(shard), begin, self._layouts[shard].row_bytes)
         where = (rows, self._shard_of[rows], self._begin[rows], lengths * token_bytes, self._checked[rows])
-        for row, shard, begin, end, checked, values in zip(*(x.tolist() for x in where), memory, strict=True):
+        for row, shard, begins, end, checked, values in zip(*(x.tolist() for x in where), memory, strict=True):
+            places = [layer[:end].data for layer in values]
             if checked:
-                self._fill(shard, values[:end].data, begin)
+                for place, begin in zip(places, begins, strict=True):
+                    self._fill(shard, place, begin)
             else:
-                self._fill_and_check(row, shard, values[:end].data)
-            values[end:] = 0
+                self._fill_and_check(row, shard, places)
+            values[:, end:] = 0
         mask = torch.arange(T) < torch.from_numpy(lengths)[:, None]
-        return Batch(hidden, mask)
+        return Batch(hidden if self.stacked else hidden[:, 0], mask)
 
     def input_ids(self, row: int) -> np.ndarray:
         """Token ids of one row, (n,) int32, to show tokens beside what was computed from them."""
@@ -197,12 +207,13 @@ class Split:
         """Close the files; the next read opens them again."""
         _close_all(self._files)
 
-    def _fill_and_check(self, row: int, shard: int, place: memoryview) -> None:
+    def _fill_and_check(self, row: int, shard: int, places: list[memoryview]) -> None:
         record, layout, position = self._shards[shard], self._layouts[shard], int(self._position[row])
+        into = dict(zip(self._wanted, places, strict=True))
         # A row's CRC-32 covers all its layers, so the first read of a row takes them all.
         crc = 0
         for layer in range(layout.layers):
-            target = place if layer == self._layer else memoryview(bytearray(len(place)))
+            target = into[layer] if layer in into else memoryview(bytearray(len(places[0])))
             self._fill(shard, target, record.offset + layout.place(position, layer))
             crc = zlib.crc32(target, crc)
         if crc != self._checksum[row]:

@@ -76,10 +76,10 @@ def predict(
         Path | None, typer.Option("--adapter", help="Folder of the adapter that the head's cache was extracted with.")
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="Refuse unless this is the head's prompt.")] = None,
-    layer: Annotated[int | None, typer.Option(help="Refuse unless this is the head's layer.")] = None,
+    layer: Annotated[str | None, typer.Option(help="Refuse unless this is the head's layer, or mix.")] = None,
     device: Annotated[str, typer.Option(help="cuda, mps, cpu or auto.")] = "auto",
     batch_tokens: Annotated[
-        int | None, typer.Option(help="Token slots per forward pass; default 16384 on a GPU, 2048 on the CPU.")
+        int | None, typer.Option(help="Token slots per forward pass; default 16384 on a GPU, 1024 on the CPU.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
@@ -90,6 +90,7 @@ def predict(
     \b
     relish predict runs/relish-L3-seed0 --model HuggingFaceTB/SmolLM2-135M-Instruct --data new.csv --out scores.csv
     """
+    from ..train.settings import parse_layer
     from .predict import predict_scores
 
     with _Bar("predict", "rows") as bar:
@@ -103,7 +104,7 @@ def predict(
             trust_remote_code=trust_remote_code,
             adapter=adapter,
             prompt=prompt,
-            layer=layer,
+            layer=parse_layer(layer),
             device=device,
             batch_tokens=batch_tokens,
             note=bar.note,

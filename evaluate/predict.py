@@ -24,6 +24,7 @@ from ..extract.tables import read_rows
 from ..extract.tasks import get_task
 from ..train.run import Run, load_head, load_run
 from ..train.saving import writing
+from ..train.settings import MIX, Layer
 
 _CHUNK = 1024  # rows that are tokenised, sorted by length and scored together
 
@@ -39,7 +40,7 @@ def predict_scores(
     trust_remote_code: bool = False,
     adapter: str | Path | None = None,
     prompt: str | None = None,
-    layer: int | None = None,
+    layer: Layer | None = None,
     device: str = "auto",
     batch_tokens: int | None = None,
     note: Callable[[str], None] | None = None,
@@ -107,7 +108,7 @@ def predict_scores(
     backbone = Backbone(
         files,
         adapter=merged,
-        layers=(trained.layer,),
+        layers=trained.layers,
         compute_dtype=identity.compute_dtype,
         device=device,
         trust_remote_code=trust_remote_code,
@@ -125,8 +126,10 @@ def predict_scores(
 
     def forward(tokens: list[np.ndarray], batch: range) -> Any:
         rows = [tokens[row] for row in batch]
-        states = backbone.hidden_states(rows)[:, 0].to(stored)
-        mask = torch.arange(states.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+        states = backbone.hidden_states(rows).to(stored)
+        if trained.layer != MIX:
+            states = states[:, 0]
+        mask = torch.arange(states.shape[-2]) < torch.tensor([len(row) for row in rows])[:, None]
         with torch.inference_mode():
             return head(states, mask.to(states.device)).cpu().double().numpy()
 

@@ -9,13 +9,14 @@ from ..cache.device import pick_device
 from ..cache.errors import CacheError, DataError, RunError, require_extra
 from ..cache.identity import refuse_differences
 from ..cache.reader import FeatureCache, Split, open_cache
-from ..train.data import Rows
+from ..train.data import Rows, open_split
 from ..train.diverged import find_diverged
 from ..train.loop import predict_rows
 from ..train.run import Run, find_runs, load_head
+from ..train.settings import MIX
 from .files import changing_report, check_report_folder, write_results
 from .readouts import readout_cells
-from .summary import CellPredictions, Results, summarise
+from .summary import CellPredictions, Results, group_label, summarise
 
 
 def evaluate_runs(
@@ -59,7 +60,7 @@ def evaluate_runs(
     found = find_runs(runs)
     opened = open_cache(cache if cache is not None else _usual_cache(found[0]))
     check_cache(found, opened)
-    rows = _labelled(opened.split(split, layer=found[0].layer))
+    rows = _labelled(open_split(opened, split, found[0].layer))
     where = pick_device(device)
     cells = []
     for run in found:
@@ -79,7 +80,7 @@ def evaluate_runs(
         rows.split.row,
         rows.target,
         [*cells, *answered],
-        _meta(found[0], opened),
+        _meta(found, opened),
         left_out,
     )
     if out is not None:
@@ -140,12 +141,13 @@ def _labelled(split: Split) -> Rows:
     return Rows(split, np.arange(len(split)))
 
 
-def _meta(run: Run, cache: FeatureCache) -> dict[str, object]:
-    identity = cache.identity
+def _meta(runs: Sequence[Run], cache: FeatureCache) -> dict[str, object]:
+    identity, run = cache.identity, runs[0]
     return {
         "model": identity.model,
         "revision": identity.revision,
         "layer": run.layer,
+        **_mixes(runs),
         "prompt": identity.prompt,
         "storage dtype": identity.dtype,
         "compute dtype": identity.compute_dtype,
@@ -153,3 +155,16 @@ def _meta(run: Run, cache: FeatureCache) -> dict[str, object]:
         **{name.replace("_", " "): value for name, value in run.settings.items() if value is not None},
         **cache.manifest.made_by,
     }
+
+
+def _mixes(runs: Sequence[Run]) -> dict[str, str]:
+    """The share of each layer in the mixes that heads learned, averaged over seeds; nothing if they read one layer."""
+    shares: dict[str, list[dict[str, float]]] = {}
+    for run in runs:
+        if run.layer == MIX:
+            shares.setdefault(group_label(run.head.name, run.head.depth), []).append(run.metrics["layer_mix"])
+    shown = {}
+    for label, mixes in shares.items():
+        means = {layer: float(np.mean([mix[layer] for mix in mixes])) for layer in mixes[0]}
+        shown[f"layer mix of {label}"] = ", ".join(f"{layer}: {mean:.2f}" for layer, mean in means.items())
+    return shown

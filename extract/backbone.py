@@ -85,7 +85,7 @@ class Backbone:
     @property
     def default_batch_tokens(self) -> int:
         """Token slots of a forward pass that keep this kind of device busy."""
-        return 2048 if self.device.type == "cpu" else 16384
+        return 1024 if self.device.type == "cpu" else 16384
 
     def tokenize(
         self, texts: Iterable[str], *, chat_template: bool, max_length: int, truncate: bool

@@ -69,7 +69,7 @@ def extract(
         bool, typer.Option("--truncate", help="Cut longer rows at their end, the prompt's end included.")
     ] = False,
     batch_tokens: Annotated[
-        int | None, typer.Option(help="Token slots per forward pass; default 16384 on a GPU, 2048 on the CPU.")
+        int | None, typer.Option(help="Token slots per forward pass; default 16384 on a GPU, 1024 on the CPU.")
     ] = None,
     shard_rows: Annotated[int, typer.Option(help="Most rows in a shard.")] = 4096,
     on_nonfinite: Annotated[

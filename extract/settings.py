@@ -85,7 +85,7 @@ class ExtractSettings(TextSettings):
     dtype: str = "bfloat16"
     """Storage type: bfloat16, float16 or float32."""
     batch_tokens: int | None = None
-    """Token slots per forward pass, padding included; None for 16,384 on a GPU and 2,048 on the CPU."""
+    """Token slots per forward pass, padding included; None for 16,384 on a GPU and 1,024 on the CPU."""
     shard_rows: int = 4096
     """Most rows in a shard. A shard is also the most work that an interruption can cost."""
     on_nonfinite: str = "error"

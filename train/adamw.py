@@ -1,5 +1,7 @@
 """AdamW, in the fused form, without what torch.optim's classes import."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
@@ -12,11 +14,23 @@ class AdamW:
     whole compiler in when it is made: more than a second, in each process that trains.
     """
 
-    def __init__(self, head: nn.Module, *, weight_decay: float) -> None:
+    def __init__(
+        self, head: nn.Module, *, weight_decay: float, faster: "Mapping[nn.Parameter, float] | None" = None
+    ) -> None:
+        """Begin with moments of 0.
+
+        Args:
+            head: whose parameters learn.
+            weight_decay: of matrices.
+            faster: vectors that learn at so many times the rate of the others.
+        """
+        faster = faster or {}
+        usual = [parameter for parameter in head.parameters() if parameter not in faster]
         # 0 is no sensible place for biases, norms and the latent state.
-        matrices = [parameter for parameter in head.parameters() if parameter.ndim >= 2]
-        vectors = [parameter for parameter in head.parameters() if parameter.ndim < 2]
-        self._groups = [_Group(matrices, weight_decay), _Group(vectors, 0.0)]
+        matrices = [parameter for parameter in usual if parameter.ndim >= 2]
+        vectors = [parameter for parameter in usual if parameter.ndim < 2]
+        self._groups = [_Group(matrices, weight_decay, 1.0), _Group(vectors, 0.0, 1.0)]
+        self._groups += [_Group([parameter], 0.0, times) for parameter, times in faster.items()]
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
@@ -32,9 +46,10 @@ class AdamW:
 
 
 class _Group:
-    def __init__(self, parameters: list[nn.Parameter], weight_decay: float) -> None:
+    def __init__(self, parameters: list[nn.Parameter], weight_decay: float, times: float) -> None:
         self.parameters = parameters
         self.weight_decay = weight_decay
+        self.times = times
         self.mean: list[Tensor] = [torch.zeros_like(parameter) for parameter in parameters]
         self.square: list[Tensor] = [torch.zeros_like(parameter) for parameter in parameters]
         self.steps = [torch.zeros((), device=parameter.device) for parameter in parameters]
@@ -54,7 +69,7 @@ class _Group:
             amsgrad=False,
             beta1=0.9,
             beta2=0.999,
-            lr=lr,
+            lr=lr * self.times,
             weight_decay=self.weight_decay,
             eps=1e-8,
             maximize=False,

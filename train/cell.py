@@ -17,13 +17,14 @@ from .heads import Head, HeadSpec, build_head, count_parameters
 from .known import comparable, own_lr
 from .loop import Diverged, EpochRecord, best_epoch, predict_rows, train_head
 from .metrics import score
+from .mix import MixedHead
 from .pooled import pool
 from .progress import CellName, Listener
 from .ridge import ALPHAS, solve_ridge
 from .ridge import Moments as RidgeMoments
 from .run import save_run
 from .saving import writing
-from .settings import CLOSED_FORM, TrainSettings
+from .settings import CLOSED_FORM, MIX, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Training:
             latent_size=self.settings.latent_size,
             num_heads=self.settings.num_heads,
             dropout=self.settings.dropout,
+            layers=len(self.train.split.layers) if self.settings.layer == MIX else None,
         )
 
     def moments_for(self, head: Head) -> Moments | None:
@@ -135,6 +137,8 @@ def _train(training: Training, cell: CellName, listener: Listener | None) -> dic
                 on_step=lambda done: listener.step(cell, done) if listener is not None else None,
             )
             extra = {"best_epoch": best_epoch(history), "epochs": len(history)}
+            if isinstance(head, MixedHead):
+                extra["layer_mix"] = dict(zip(map(str, train.split.layers), head.shares().tolist(), strict=True))
     predictions = predict_rows(head, val, device)
     if not np.isfinite(predictions).all():
         raise Diverged("its predictions are not finite")
@@ -147,7 +151,7 @@ def _train(training: Training, cell: CellName, listener: Listener | None) -> dic
         "seconds": round(time.perf_counter() - started, 3),
     }
     own = {
-        "head": asdict(spec),
+        "head": {name: value for name, value in asdict(spec).items() if value is not None},
         "seed": cell.seed,
         "parameters": count_parameters(head),
         "settings": {**training.config["settings"], "lr": lr},
@@ -197,7 +201,7 @@ def _config(cache: FeatureCache, settings: TrainSettings, train: Rows, val: Rows
         "cache": str(cache.folder),
         "identity": cache.identity.to_json(),
         "task": cache.manifest.task,
-        "layer": cache.layers[cache.layer_position(settings.layer)],
+        "layer": MIX if settings.layer == MIX else cache.layers[cache.layer_position(settings.layer)],
         "label_range": list(cache.label_range),
         "train_rows": len(train),
         "data": {

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .settings import TrainSettings, parse_range
+from .settings import HEADS, TrainSettings, parse_layer, parse_range
 
 
 def register(app: typer.Typer) -> None:
@@ -18,9 +18,7 @@ def register(app: typer.Typer) -> None:
 def train(
     cache: Annotated[Path, typer.Argument(metavar="CACHE", help="Folder of the cache.")],
     out: Annotated[Path, typer.Option("--out", metavar="RUNS", help="Folder for the run folders.")],
-    head: Annotated[
-        str, typer.Option("--head", help="relish, linear, mlp, ridge, ridge-mean; several with commas.")
-    ] = "relish",
+    head: Annotated[str, typer.Option("--head", help=f"{', '.join(HEADS)}; several with commas.")] = "relish",
     depths: Annotated[str, typer.Option(help="Refinement steps of relish: 3, 1-5 or 1,3.")] = "3",
     seeds: Annotated[str, typer.Option(help="0, 0-2 or 0,7.")] = "0",
     epochs: Annotated[int, typer.Option(help="Passes over the training rows, at most.")] = TrainSettings.epochs,
@@ -42,7 +40,10 @@ def train(
     ] = TrainSettings.standardise,
     latent_size: Annotated[int, typer.Option(help="Width of the latent state.")] = TrainSettings.latent_size,
     num_heads: Annotated[int, typer.Option(help="Attention heads.")] = TrainSettings.num_heads,
-    layer: Annotated[int | None, typer.Option(help="Which layer of a cache that has several.")] = None,
+    layer: Annotated[
+        str | None,
+        typer.Option(help="Which layer of a cache that has several, or mix for a learned mix of them all."),
+    ] = None,
     val_split: Annotated[
         str | None, typer.Option(help="Validation split; default validation, val, dev or trial.")
     ] = None,
@@ -72,6 +73,9 @@ def train(
     \b
     relish train sts-cache --out runs
     relish train sts-cache --out runs --head relish,linear,mlp,ridge --depths 1-5 --seeds 0-2
+    relish train sts-cache --out runs --depths 1-5 --seeds 0-2 \
+        --head relish,linear,linear-last,mlp,mlp-last,attention,ridge,ridge-mean
+    relish train sts-cache --out runs-mix --layer mix
     """
     settings = TrainSettings(
         heads=tuple(name.strip() for name in head.split(",") if name.strip()),
@@ -88,7 +92,7 @@ def train(
         standardise=standardise,
         latent_size=latent_size,
         num_heads=num_heads,
-        layer=layer,
+        layer=parse_layer(layer),
         val_split=val_split,
         val_fraction=val_fraction,
         device=device,

@@ -12,10 +12,11 @@ from torch import Tensor
 from ..cache.errors import DataError
 from ..cache.reader import FeatureCache, Split
 from .pooled import pool
-from .settings import TrainSettings
+from .settings import MIX, Layer, TrainSettings
 
 _VALIDATION_NAMES = ("validation", "val", "dev", "trial")
 _AHEAD = 3  # batches read ahead
+_SLOTS = 8192  # token slots of a batch that needs no gradient, over all layers
 _SAMPLE = 1 << 16  # tokens: their deviations are those of all to a per cent, and training starts at once
 
 
@@ -37,6 +38,10 @@ class Rows:
         """(N,) real tokens."""
         return self.split.lengths[self.index]
 
+    def batches(self) -> list[np.ndarray]:
+        """Batches for prediction (`ordered_batches`), as large in memory however many layers the split is open at."""
+        return ordered_batches(self.lengths, _SLOTS // len(self.split.layers))
+
     def __len__(self) -> int:
         return len(self.index)
 
@@ -45,11 +50,20 @@ class TrainBatch(NamedTuple):
     """B rows on the CPU."""
 
     hidden: Tensor
-    """(B, T, D) in the storage dtype, zero where padded."""
+    """(B, T, D) in the storage dtype, or (B, K, T, D) for a mix of K layers, zero where padded."""
     mask: Tensor
     """(B, T) bool, True = real token."""
     target: Tensor
     """(B,) float32."""
+
+
+def open_split(cache: FeatureCache, name: str, layer: Layer | None) -> Split:
+    """The rows of a split as heads read them: at one layer, or at all for a mix.
+
+    Raises:
+        CacheError: as `FeatureCache.split` does.
+    """
+    return cache.split(name, layer="all" if layer == MIX else layer)
 
 
 def training_rows(cache: FeatureCache, settings: TrainSettings) -> tuple[Rows, Rows]:
@@ -59,12 +73,12 @@ def training_rows(cache: FeatureCache, settings: TrainSettings) -> tuple[Rows, R
         CacheError: if a split is missing or unfinished.
         DataError: if there are too few rows, or rows without a label.
     """
-    train = cache.split("train", layer=settings.layer)
+    train = open_split(cache, "train", settings.layer)
     names = [settings.val_split] if settings.val_split is not None else list(_VALIDATION_NAMES)
     found = next((name for name in names if name in cache.splits or name == settings.val_split), None)
     everything = np.arange(len(train))
     if found is not None:
-        val = cache.split(found, layer=settings.layer)
+        val = open_split(cache, found, settings.layer)
         chosen = Rows(train, everything), Rows(val, np.arange(len(val)))
     else:
         count = max(1, round(settings.val_fraction * len(train)))
@@ -94,7 +108,7 @@ def shuffled_batches(rows: Rows, batch_size: int, generator: np.random.Generator
     return [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
 
 
-def ordered_batches(lengths: np.ndarray, slots: int = 8192) -> list[np.ndarray]:
+def ordered_batches(lengths: np.ndarray, slots: int = _SLOTS) -> list[np.ndarray]:
     """Batches for prediction: rows of like length together, at most so many token slots in each."""
     order = np.argsort(-lengths, kind="stable")
     batches, begin = [], 0
@@ -124,7 +138,7 @@ def read_ahead(rows: Rows, batches: Sequence[np.ndarray]) -> Iterator[TrainBatch
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean (D,) and standard deviation (D,) in float32."""
+    """Mean (D,) and standard deviation (D,) in float32; both (K, D) where K layers are read, each by itself."""
 
     mean: Tensor
     std: Tensor
@@ -140,17 +154,36 @@ def feature_moments(rows: Rows, pooling: str | None) -> Moments:
     order = np.random.default_rng(0).permutation(len(rows))
     enough = int(np.searchsorted(np.cumsum(rows.lengths[order]), _SAMPLE)) + 1
     sample = Rows(rows.split, np.sort(rows.index[order[:enough]]))
-    count, total, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    shift: Tensor | None = None
-    for hidden, mask, _ in read_ahead(sample, ordered_batches(sample.lengths)):
-        values = hidden[mask].double() if pooling is None else pool(hidden, mask, pooling).double()
-        if shift is None:
-            shift = values.mean(dim=0)  # sums of squares far from the mean would lose digits
-        values -= shift
-        count += len(values)
-        total = total + values.sum(dim=0)
-        squares = squares + values.square_().sum(dim=0)
-    assert shift is not None
-    mean = total / count
-    std = (squares / count - mean * mean).clamp_min(0.0).sqrt()
-    return Moments((mean + shift).float(), std.float())
+    sums = [_Sums() for _ in sample.split.layers]
+    stacked = sample.split.stacked
+    for hidden, mask, _ in read_ahead(sample, sample.batches()):
+        for layer, one in zip(hidden.unbind(dim=1) if stacked else (hidden,), sums, strict=True):
+            one.add((layer[mask] if pooling is None else pool(layer, mask, pooling)).double())
+    mean, std = (torch.stack(parts) for parts in zip(*(one.moments() for one in sums), strict=True))
+    return Moments(mean, std) if stacked else Moments(mean[0], std[0])
+
+
+class _Sums:
+    """Running sums over values (N, D) in float64, less the mean of the first: far from 0, squares would lose digits."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._total = torch.zeros((), dtype=torch.float64)
+        self._squares = torch.zeros((), dtype=torch.float64)
+        self._shift: Tensor | None = None
+
+    def add(self, values: Tensor) -> None:
+        """Add values (N, D), which are overwritten."""
+        if self._shift is None:
+            self._shift = values.mean(dim=0)
+        values -= self._shift
+        self._count += len(values)
+        self._total = self._total + values.sum(dim=0)
+        self._squares = self._squares + values.square_().sum(dim=0)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean (D,) and standard deviation (D,) in float32."""
+        assert self._shift is not None
+        mean = self._total / self._count
+        std = (self._squares / self._count - mean * mean).clamp_min(0.0).sqrt()
+        return (mean + self._shift).float(), std.float()

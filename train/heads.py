@@ -1,4 +1,7 @@
-"""The heads by name. All take hidden states (B, T, D) and a mask (B, T), and give (B,) in the unit of the labels."""
+"""The heads by name. All take hidden states (B, T, D) and a mask (B, T), and give (B,) in the unit of the labels.
+
+Each can read a learned mix of K layers instead, (B, K, T, D).
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +10,9 @@ from typing import Any
 from torch import nn
 
 from ..cache.errors import SettingsError
+from .attention import AttentionHead
 from .head import RelishHead
+from .mix import MixedHead
 from .pooled import PooledHead, mlp_body
 from .settings import HEADS
 
@@ -26,6 +31,8 @@ class HeadSpec:
     latent_size: int
     num_heads: int
     dropout: float
+    layers: int | None = None
+    """K, for a head that reads a learned mix of K layers, (B, K, T, D); None for one that reads a single layer."""
 
 
 def build_head(spec: HeadSpec) -> Head:
@@ -36,7 +43,8 @@ def build_head(spec: HeadSpec) -> Head:
     """
     if spec.name not in HEADS:
         raise SettingsError(f"there is no head {spec.name!r}; there are {', '.join(HEADS)}")
-    return _BUILDERS[spec.name](spec)
+    head = _BUILDERS[spec.name](spec)
+    return head if spec.layers is None else MixedHead(head, spec.layers)
 
 
 def count_parameters(head: nn.Module) -> int:
@@ -58,9 +66,9 @@ def _linear(pooling: str) -> Callable[[HeadSpec], Head]:
     return lambda spec: PooledHead(spec.hidden_size, pooling, nn.Linear(spec.hidden_size, 1))
 
 
-def _mlp(spec: HeadSpec) -> Head:
-    return PooledHead(
-        spec.hidden_size, "mean", mlp_body(spec.hidden_size, _relish_parameters(spec), dropout=spec.dropout)
+def _mlp(pooling: str) -> Callable[[HeadSpec], Head]:
+    return lambda spec: PooledHead(
+        spec.hidden_size, pooling, mlp_body(spec.hidden_size, _relish_parameters(spec), dropout=spec.dropout)
     )
 
 
@@ -74,7 +82,10 @@ def _relish_parameters(spec: HeadSpec) -> int:
 _BUILDERS: dict[str, Callable[[HeadSpec], Head]] = {
     "relish": _relish,
     "linear": _linear("mean"),
-    "mlp": _mlp,
+    "linear-last": _linear("last"),
+    "mlp": _mlp("mean"),
+    "mlp-last": _mlp("last"),
+    "attention": lambda spec: AttentionHead(spec.hidden_size),
     "ridge": _linear("last"),
     "ridge-mean": _linear("mean"),
 }

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from .adamw import AdamW
-from .data import Rows, TrainBatch, ordered_batches, read_ahead, shuffled_batches
+from .data import Rows, TrainBatch, read_ahead, shuffled_batches
 from .heads import Head
 from .metrics import score
-from .settings import TrainSettings
+from .mix import MixedHead
+from .settings import MIX_LEARNING_RATE, TrainSettings
 
 _LARGEST = 1e30  # mean or deviation of a hidden state: float32 ends at 3e38, and 1 / 1e38 is no longer exact
 _CHECK = 32  # steps between looks at the loss; on a GPU each look waits for the device
@@ -61,7 +62,7 @@ def train_head(
         train: rows to learn from.
         val: rows that decide which epoch is best.
         settings: the recipe.
-        lr: highest learning rate.
+        lr: highest learning rate; the weights of a mix of layers have one of their own.
         seed: draws the order of the rows.
         label_range: for the NRMSE.
         device: where the head is.
@@ -79,7 +80,8 @@ def train_head(
         )
     generator = np.random.default_rng(seed)
     steps = settings.epochs * math.ceil(len(train) / settings.batch_size)
-    optimizer = AdamW(head, weight_decay=settings.weight_decay)
+    faster = {head.weights: MIX_LEARNING_RATE / lr} if isinstance(head, MixedHead) else None
+    optimizer = AdamW(head, weight_decay=settings.weight_decay, faster=faster)
     factor = _warmup_cosine(steps, settings.warmup)
     loss_of = nn.HuberLoss() if settings.loss == "huber" else nn.MSELoss()
     history: list[EpochRecord] = []
@@ -135,7 +137,7 @@ def predict_rows(head: Head, rows: Rows, device: torch.device) -> np.ndarray:
     """Predictions (N,) float64 in the order of `rows`, in the unit of the labels."""
     head.eval()
     predictions = np.empty(len(rows))
-    batches = ordered_batches(rows.lengths)
+    batches = rows.batches()
     for batch, (hidden, mask, _) in zip(batches, read_ahead(rows, batches), strict=True):
         predictions[batch] = head(hidden.to(device), mask.to(device)).cpu().double().numpy()  # mps has no float64
     return predictions

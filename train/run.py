@@ -20,6 +20,7 @@ from ..cache.jsonfile import read_versioned, sealed_text
 from .diverged import find_diverged
 from .heads import Head, HeadSpec, build_head, count_parameters
 from .saving import write_synced, writing
+from .settings import MIX, Layer
 
 FORMAT = "relish run"
 VERSION = 1
@@ -36,8 +37,8 @@ class Run:
     seed: int
     parameters: int
     """Trainable numbers of the head."""
-    layer: int
-    """Which hidden states it reads."""
+    layer: Layer
+    """Which hidden states it reads; "mix" for a learned mix of all of the cache's."""
     label_range: tuple[float, float]
     cache: Path
     """Where the cache was when the head was trained."""
@@ -53,7 +54,12 @@ class Run:
     weights_sha256: str
     """Of model.safetensors."""
     metrics: dict[str, Any]
-    """metrics.json: validation figures, epochs, seconds."""
+    """metrics.json: validation figures, epochs, seconds; for a mix, the share of each layer."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers whose hidden states it reads, counted as transformers does."""
+        return self.identity.layers if self.layer == MIX else (self.layer,)
 
 
 def run_name(head: str, depth: int, seed: int) -> str:

@@ -14,13 +14,18 @@ class InputScale(nn.Module):
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, hidden_size: int) -> None:
+    def __init__(self, *shape: int) -> None:
+        """Begin as the identity.
+
+        Args:
+            shape: D, or K and D for K layers, each with a scale of its own.
+        """
         super().__init__()
-        self.register_buffer("mean", torch.zeros(hidden_size))
-        self.register_buffer("scale", torch.ones(hidden_size))
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("scale", torch.ones(shape))
 
     def set(self, mean: Tensor, scale: Tensor) -> None:
-        """Take the mean (D,) and the standard deviation (D,) of what the head reads."""
+        """Take the mean (D,) and the standard deviation (D,) of what the head reads, or both (K, D)."""
         self.mean.copy_(mean)
         # A constant dimension has a deviation of rounding noise, not of 0; scaled by that it would dwarf all others.
         self.scale.copy_(torch.where(scale <= 1e-6 * mean.abs(), torch.ones_like(scale), scale))

@@ -2,13 +2,17 @@
 
 import math
 from dataclasses import dataclass
+from typing import Final, Literal
 
 from ..cache.errors import SettingsError
 
 HEADS = {
     "relish": "latent state with refinement steps",
     "linear": "linear layer on the mean of the hidden states",
+    "linear-last": "linear layer on the last token",
     "mlp": "MLP on the mean, as many parameters as relish at depth 3",
+    "mlp-last": "the same MLP on the last token",
+    "attention": "attention pooling with one learned query, then a linear layer",
     "ridge": "ridge regression on the last token, closed form",
     "ridge-mean": "ridge regression on the mean, closed form",
 }
@@ -16,8 +20,22 @@ HEADS = {
 
 CLOSED_FORM = ("ridge", "ridge-mean")
 LOSSES = ("huber", "mse")
-LEARNING_RATES = {"relish": 3e-4, "linear": 1e-2, "mlp": 1e-4}
-"""Each head's own best on the validation splits of STS-B and SICK (benchmarks/recipe-log.md)."""
+LEARNING_RATES = {
+    "relish": 3e-4,
+    "linear": 1e-2,
+    "linear-last": 1e-2,
+    "mlp": 1e-4,
+    "mlp-last": 1e-4,
+    "attention": 1e-2,
+}
+"""Each head's own. relish, linear and mlp: best on the validation splits of STS-B and SICK (benchmarks/recipe-log.md);
+the others have that of the head they are closest to."""
+
+MIX: Final = "mix"
+"""In place of a layer's index: a mix of all layers of the cache, learned with the head (train/mix.py)."""
+MIX_LEARNING_RATE = 1e-2
+"""Of the weights of a mix, whatever the head's own: at a rate of 1e-4 they would end where they begin."""
+Layer = int | Literal["mix"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +72,8 @@ class TrainSettings:
     """Width of the latent state."""
     num_heads: int = 8
     """Attention heads."""
-    layer: int | None = None
-    """Which of the cache's layers; may be None when there is but one."""
+    layer: Layer | None = None
+    """Which of the cache's layers, or "mix" for a learned mix of them all; may be None when there is but one."""
 
     val_split: str | None = None
     """Split that early stopping looks at. None: the first of validation, val, dev and trial that the cache has,
@@ -81,6 +99,14 @@ class TrainSettings:
         for head in self.heads:
             if head not in HEADS:
                 raise SettingsError(f"there is no head {head!r}; there are {', '.join(HEADS)}")
+        if isinstance(self.layer, str) and self.layer != MIX:
+            raise SettingsError(f"layer must be an index or {MIX!r}, not {self.layer!r}")
+        solved = [head for head in self.heads if head in CLOSED_FORM]
+        if self.layer == MIX and solved:
+            raise SettingsError(
+                f"{' and '.join(solved)} cannot learn a mix of layers, being solved in closed form; name one layer, or "
+                f"take heads that can: {', '.join(head for head in HEADS if head not in CLOSED_FORM)}"
+            )
         if self.loss not in LOSSES:
             raise SettingsError(f"loss must be one of {', '.join(LOSSES)}, not {self.loss!r}")
         for name in ("epochs", "batch_size", "patience", "latent_size", "num_heads"):
@@ -109,6 +135,20 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(f"{name} must be at least 1, not {value}")
+
+
+def parse_layer(text: str | None) -> Layer | None:
+    """Read `15` or `mix`; None stays None.
+
+    Raises:
+        SettingsError: for anything else.
+    """
+    if text == MIX:
+        return MIX
+    try:
+        return None if text is None else int(text)
+    except ValueError:
+        raise SettingsError(f"--layer takes an index such as 15, or {MIX}; not {text!r}") from None
 
 
 def parse_range(text: str, what: str) -> tuple[int, ...]:

@@ -65,6 +65,31 @@ def test_any_rows_in_any_order_more_than_once(make, cache, asked, layer):
     split.close()
 
 
+@given(asked=st.lists(st.integers(0, 9), min_size=1, max_size=30))
+@settings(deadline=None)
+def test_all_layers_at_once_are_those_read_one_by_one(make, cache, asked):
+    opened = open_cache(cache)
+    split = opened.split("train", layer="all")
+    assert (split.layers, split.stacked) == ((1, 3), True)
+    for _ in range(2):  # checked against the checksum, and then not any more
+        hidden, mask = split.read(asked)
+        for place, layer in enumerate((1, 3)):
+            single = opened.split("train", layer=layer)
+            alone = single.read(asked)
+            assert (single.layers, single.stacked) == ((layer,), False)
+            assert torch.equal(hidden[:, place], alone.hidden)
+            assert torch.equal(mask, alone.mask)
+            single.close()
+    split.close()
+
+
+def test_all_layers_of_a_cache_of_one_layer(make, tmp_path):
+    opened = open_cache(make.write(tmp_path / "c"))
+    stacked, alone = opened.split("train", layer="all").read([2, 0]), opened.split("train").read([2, 0])
+    assert torch.equal(stacked.hidden, alone.hidden.unsqueeze(1))
+    assert alone.hidden.is_contiguous()
+
+
 def test_a_split_says_what_its_rows_are(make, cache):
     opened = open_cache(str(cache))
     split, rows = opened.split("train", layer=1), make.rows()
@@ -92,6 +117,12 @@ def test_padding_on_disk_is_not_read(make, cache, monkeypatch):
     read.clear()
     split.read([1, 3])
     assert sorted(read) == [2 * make.WIDTH * n for n in (29, 30)]  # checked once is enough
+    split.close()
+    split = open_cache(cache).split("train", layer="all")
+    for _ in range(2):
+        read.clear()
+        split.read([1, 3])
+        assert sorted(read) == [2 * make.WIDTH * n for n in (29, 29, 30, 30)]
     split.close()
 
 
@@ -232,11 +263,12 @@ def test_a_flipped_bit_in_hidden_states_is_found_on_the_first_read(make, own):
     split.close()
 
 
-def test_a_flipped_bit_of_another_layer_is_found_too(make, tmp_path):
+@pytest.mark.parametrize("layer", [3, "all"])
+def test_a_flipped_bit_of_another_layer_is_found_too(make, tmp_path, layer):
     folder = make.write(tmp_path / "c", layers=(1, 3))
     record = record_of(folder)
     make.flip(folder / record.file, record.offset)
-    split = open_cache(folder).split("train", layer=3)
+    split = open_cache(folder).split("train", layer=layer)
     assert "the hidden states of row 2 (id '0-2') are not" in message(lambda: split.read([2]))
     split.close()
 

@@ -9,7 +9,7 @@ from torch import nn
 from relish.train.adamw import AdamW
 
 
-def _head() -> nn.Module:
+def _head() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(7, 5), nn.LayerNorm(5), nn.Linear(5, 1))
 
@@ -44,6 +44,23 @@ def test_a_parameter_without_a_gradient_stays() -> None:
     optimizer.step(lr=0.1)
     moved = {name for name, parameter in head.named_parameters() if not torch.equal(parameter, before[name])}
     assert moved == {"used.weight", "used.bias"}
+
+
+def test_a_vector_may_learn_at_a_rate_of_its_own() -> None:
+    ours, theirs = _head(), _head()
+    optimizer = AdamW(ours, weight_decay=0.0, faster={ours[1].bias: 7.0})
+    others = [parameter for parameter in theirs.parameters() if parameter is not theirs[1].bias]
+    groups = [{"params": others, "lr": 0.01}, {"params": [theirs[1].bias], "lr": 0.07}]
+    reference = torch.optim.AdamW(groups, weight_decay=0.0)
+    for _ in range(5):
+        texts = torch.randn(3, 7)
+        for head, zero_grad in ((ours, optimizer.zero_grad), (theirs, reference.zero_grad)):
+            zero_grad()
+            head(texts).square().mean().backward()
+        optimizer.step(lr=0.01)
+        reference.step()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-7)
 
 
 def test_training_does_not_import_the_compiler() -> None:

@@ -18,7 +18,7 @@ from relish.train import loop
 from relish.train.grid import train_heads
 from relish.train.loop import Diverged
 from relish.train.run import find_runs, load_head
-from relish.train.settings import TrainSettings
+from relish.train.settings import HEADS, TrainSettings
 
 from ..disk import interrupted, read_only, small_disk
 from .conftest import write_cache
@@ -180,7 +180,7 @@ def test_hidden_states_whose_squares_overflow_float32_are_learnt_from_as_any(tmp
 # unusual rows
 
 
-@pytest.mark.parametrize("head", ["relish", "linear", "mlp", "ridge", "ridge-mean"])
+@pytest.mark.parametrize("head", HEADS)
 def test_constant_targets_are_predicted_and_have_no_correlation(tmp_path, head):
     cache = write_cache(tmp_path / "c", label=2.5)
     settings = TrainSettings(heads=(head,), depths=(1,), **{**SMALL, "epochs": 8, "lr": 1e-3})

@@ -62,7 +62,8 @@ def test_every_head_learns_and_predicts_after_loading_what_it_predicted_before(c
     result = train_heads(cache, tmp_path / "r", settings)
     (cell, metrics), *_ = result.cells.items()
     run = tmp_path / "r" / str(cell)
-    assert metrics["val"]["pearson"] > (0.2 if head == "ridge" else 0.6)  # the last token alone says little here
+    one_token = head in ("ridge", "linear-last", "mlp-last")  # which says little here
+    assert metrics["val"]["pearson"] > (0.2 if one_token else 0.6)
     dev = open_cache(cache).split("dev")
     rows = Rows(dev, np.arange(len(dev)))
     predictions = predict_rows(load_head(run), rows, torch.device("cpu"))

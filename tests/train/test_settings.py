@@ -1,7 +1,7 @@
 import pytest
 
 from relish.cache.errors import SettingsError
-from relish.train.settings import TrainSettings, parse_range
+from relish.train.settings import HEADS, TrainSettings, parse_layer, parse_range
 
 
 @pytest.mark.parametrize(
@@ -22,11 +22,17 @@ def test_a_backward_range_is_an_empty_grid():
         parse_range("5-1", "--depths")
 
 
+def test_a_layer_is_an_index_or_mix():
+    assert [parse_layer(text) for text in ("15", "mix", None)] == [15, "mix", None]
+    with pytest.raises(SettingsError, match="--layer takes an index such as 15, or mix; not 'last'"):
+        parse_layer("last")
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"heads": ()}, "the grid is empty: heads has no value"),
-        ({"heads": ("cnn",)}, "there is no head 'cnn'; there are relish, linear, mlp, ridge, ridge-mean"),
+        ({"heads": ("cnn",)}, f"there is no head 'cnn'; there are {', '.join(HEADS)}"),
         ({"seeds": (1, 1)}, "seeds names a value twice: 1, 1"),
         ({"depths": (0,)}, "a depth is at least 1, not 0"),
         ({"loss": "mae"}, "loss must be one of huber, mse, not 'mae'"),
@@ -36,6 +42,12 @@ def test_a_backward_range_is_an_empty_grid():
         ({"threads": 0}, "threads must be at least 1, not 0"),
         ({"workers": 0}, "workers must be at least 1, not 0"),
         ({"val_fraction": 0.0}, "early stopping needs validation rows"),
+        ({"layer": "middle"}, "layer must be an index or 'mix', not 'middle'"),
+        (
+            {"heads": ("linear", "ridge", "ridge-mean"), "layer": "mix"},
+            "^ridge and ridge-mean cannot learn a mix of layers, being solved in closed form; name one layer, or take "
+            "heads that can: relish, linear, linear-last, mlp, mlp-last, attention$",
+        ),
     ],
 )
 def test_settings_that_cannot_be_are_refused(given, message):

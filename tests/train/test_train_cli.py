@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from relish.cache.jsonfile import sealed_text
 from relish.cli import app
+from relish.train.settings import HEADS
 
 from .conftest import write_cache
 
@@ -40,8 +41,10 @@ def test_a_grid_its_json_and_running_it_again(cache, tmp_path):
     [
         (["--depths", "5-1"], "the grid is empty: --depths '5-1' holds no number"),
         (["--head", ","], "the grid is empty: heads has no value"),
-        (["--head", "cnn"], "there is no head 'cnn'; there are relish, linear, mlp, ridge, ridge-mean"),
+        (["--head", "cnn"], f"there is no head 'cnn'; there are {', '.join(HEADS)}"),
         (["--layer", "7"], "holds the layers 2, not 7"),
+        (["--layer", "0.5"], "--layer takes an index such as 15, or mix; not '0.5'"),
+        (["--layer", "mix", "--head", "relish,ridge"], "ridge cannot learn a mix of layers"),
         (["--val-split", "nope"], "has no split 'nope', only train, dev, test"),
     ],
 )
@@ -52,6 +55,22 @@ def test_wrong_input_ends_with_code_2_and_one_sentence(cache, tmp_path, words, m
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_every_head_in_one_grid_as_the_help_shows_it(cache, tmp_path):
+    words = ["train", cache, "--out", tmp_path / "runs", *FAST, "--head", ",".join(HEADS), "--depths", "1-2"]
+    result = relish(*words, "--seeds", "0-1", "--workers", 1, "--json")
+    assert result.exit_code == 0, result.output
+    cells = [(cell["head"], cell["depth"], cell["seed"]) for cell in json.loads(result.stdout)["cells"]]
+    assert cells == [
+        *(("relish", depth, seed) for depth in (1, 2) for seed in (0, 1)),
+        *((head, 0, seed) for head in HEADS if head not in ("relish", "ridge", "ridge-mean") for seed in (0, 1)),
+        ("ridge", 0, 0),
+        ("ridge-mean", 0, 0),
+    ]
+    shown = " ".join(relish("train", "--help").stdout.replace("│", " ").split())
+    assert f"{', '.join(HEADS)}; several with commas" in shown
+    assert f"--head {','.join(HEADS)}" in shown
 
 
 def test_a_cache_of_another_version_and_one_without_a_training_split(cache, tmp_path):

@@ -14,6 +14,7 @@ from ..cache.identity import Identity
 from ..cache.info import padding_overhead
 from ..cache.manifest import SkippedRow
 from ..cache.writer import CacheWriter, SplitRows, SplitWriter, manifest_to_resume
+from .adapter import open_adapter
 from .backbone import Backbone
 from .batches import Budget, run_in_batches
 from .files import find_backbone
@@ -71,6 +72,7 @@ def extract_cache(cache: str | Path, settings: ExtractSettings, *, progress: Pro
     Raises:
         DataError: for rows that cannot be used, before the backbone is loaded.
         BackboneError: if the model is not found or cannot be run, or is an encoder and readouts are asked for.
+        AdapterError: if the adapter cannot be used with that model.
         CacheError: if the folder holds a cache, or readouts, made with anything different.
     """
     folder = Path(cache).resolve()
@@ -91,10 +93,13 @@ def open_backbone(settings: ExtractSettings) -> Backbone:
 
     Raises:
         BackboneError: if it is not found, or is none.
+        AdapterError: if the adapter cannot be read, or is one of another backbone.
         SettingsError: if a layer is deeper than the backbone, or the device is not there.
     """
+    files = find_backbone(settings.model, gguf_file=settings.gguf_file, revision=settings.revision)
     return Backbone(
-        find_backbone(settings.model, gguf_file=settings.gguf_file, revision=settings.revision),
+        files,
+        adapter=open_adapter(settings.adapter, files) if settings.adapter is not None else None,
         layers=settings.layers,
         compute_dtype=settings.compute_dtype,
         device=settings.device,
@@ -111,12 +116,15 @@ def fill_cache(
         low, high = data.label_range
         note(f"label range {low:g} to {high:g}, taken from the training split (--label-range sets it)")
     max_length = choose_max_length(settings.max_length, backbone)
+    if backbone.adapter is not None:
+        for text in backbone.adapter.notes(backbone.files, prompt=data.prompt, chat_template=settings.chat_template):
+            note(f"note: {text}")
     writer = CacheWriter(
         folder,
         identity=identify(backbone, settings, prompt=data.prompt, max_length=max_length),
         label_range=data.label_range,
         task=settings.task,
-        made_by=_made_by(backbone),
+        made_by=made_by(backbone),
     )
     splits = []
     for name, split in data.splits.items():
@@ -206,6 +214,7 @@ def identify(backbone: Backbone, settings: ExtractSettings, *, prompt: str, max_
         dtype=settings.dtype,
         compute_dtype=str(backbone.compute_dtype).removeprefix("torch."),
         transformers=backbone.version,
+        adapter=backbone.adapter.sha256 if backbone.adapter is not None else None,
     )
 
 
@@ -246,7 +255,8 @@ def _forward(backbone: Backbone, tokens: list[np.ndarray], dtype: Any, batch: ra
     return states, states.to(dtype)
 
 
-def _made_by(backbone: Backbone) -> dict[str, str]:
+def made_by(backbone: Backbone) -> dict[str, str]:
+    """For people: versions of relish and torch, and the device."""
     import torch
 
     from ..cache.version import __version__

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from .evaluate.results import evaluate_runs as evaluate_runs
     from .extract.pipeline import extract_cache as extract_cache
     from .extract.settings import ExtractSettings as ExtractSettings
+    from .extract.tune import tune_adapter as tune_adapter
+    from .extract.tune_settings import TuneSettings as TuneSettings
     from .train.grid import train_heads as train_heads
     from .train.head import RelishHead as RelishHead
     from .train.run import load_head as load_head
@@ -27,12 +29,14 @@ _HOME = {
     "RelishError": ".cache.errors",
     "RelishHead": ".train.head",
     "TrainSettings": ".train.settings",
+    "TuneSettings": ".extract.tune_settings",
     "evaluate_runs": ".evaluate.results",
     "extract_cache": ".extract.pipeline",
     "load_head": ".train.run",
     "open_cache": ".cache.reader",
     "predict_scores": ".evaluate.predict",
     "train_heads": ".train.grid",
+    "tune_adapter": ".extract.tune",
 }
 
 __all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]

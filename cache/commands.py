@@ -74,7 +74,7 @@ def info(
         if value is None:
             continue
         text = value if isinstance(value, str) else json.dumps(value)
-        short = f"{text[:16]}…" if name in ("weights", "config", "tokenizer") else text
+        short = f"{text[:16]}…" if name in ("weights", "config", "tokenizer", "adapter") else text
         facts.add_row(name, Text(repr(short)[1:-1] if name == "prompt" else short))
     console.print(facts)
 

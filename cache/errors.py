@@ -24,6 +24,10 @@ class BackboneError(RelishError):
     """The LLM: not found, of an unsupported kind, or not the one that was asked for."""
 
 
+class AdapterError(RelishError):
+    """A tuned adapter: absent, unfinished, damaged, of another backbone, or begun with other settings."""
+
+
 class RunError(RelishError):
     """A run folder: empty, unfinished, damaged, or holding cells of another training."""
 

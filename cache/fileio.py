@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .errors import CacheError
+from .errors import CacheError, RelishError
 
 _POSITIONED = hasattr(os, "preadv") and hasattr(os, "pwrite")
 _seek_lock = threading.Lock()  # without preadv, two threads on one descriptor would move each other's position
@@ -111,20 +111,23 @@ def way_to_write(reason: OSError) -> str:
 
 
 @contextmanager
-def writing_cache(path: Path, kept: str = "finished shards are kept") -> Iterator[None]:
+def writing_cache(
+    path: Path, kept: str = "finished shards are kept", error: type[RelishError] = CacheError
+) -> Iterator[None]:
     """Turn an error of the file system while a cache's file is written into one that says how to go on.
 
     Args:
         path: the file, under its final name.
         kept: what is safe, to go on the sentence.
+        error: the type of error to raise, for other files that are written in this way.
 
     Raises:
-        CacheError: naming the file.
+        RelishError: of the type `error`, naming the file.
     """
     try:
         yield
     except OSError as reason:
-        raise CacheError(
+        raise error(
             f"{path} cannot be written ({reason.strerror or reason}); {kept}: {way_to_write(reason)}, and run the same "
             "command again"
         ) from reason
@@ -153,11 +156,16 @@ def temporary_name(final: Path) -> Path:
 
 
 def write_text_durably(final: Path, text: str) -> None:
-    """Write a small text file so that a reader finds either the old content or the new, whole, at any moment."""
+    """`write_durably` for text."""
+    write_durably(final, text.encode("utf-8"))
+
+
+def write_durably(final: Path, content: bytes) -> None:
+    """Write a file so that a reader finds either the old content or the new, whole, at any moment."""
     temporary = temporary_name(final)
     try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         replace_durably(temporary, final)

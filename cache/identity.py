@@ -41,6 +41,8 @@ class Identity:
     """Type the backbone ran in."""
     transformers: str
     """Version of transformers that ran it."""
+    adapter: str | None = None
+    """sha256 over the files of the adapter that was merged into the backbone; None without one."""
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Identity":
@@ -51,6 +53,7 @@ class Identity:
             ValueError: if one is not of its type.
         """
         known = {field.name for field in fields(cls)}
+        value = {"adapter": None, **value}  # caches from before there were adapters do not name it
         if set(value) != known:
             raise CacheError(
                 "the cache's identity has other fields than this version of relish knows, "
@@ -98,8 +101,12 @@ def refuse_differences(have: Identity, want: Identity, *, what: str, advice: str
     """
     different = have.differences(want)
     if different:
-        listed = "; ".join(f"{name} is {_short(a)} there and {_short(b)} here" for name, a, b in different)
-        raise CacheError(f"{what} was made with something else: {listed}. {advice}")
+        raise CacheError(f"{what} was made with something else: {name_differences(different)}. {advice}")
+
+
+def name_differences(differences: list[tuple[str, Any, Any]]) -> str:
+    """Of each (field, value there, value here) a clause, long values shortened."""
+    return "; ".join(f"{name} is {_short(there)} there and {_short(here)} here" for name, there, here in differences)
 
 
 def _short(value: Any) -> str:

@@ -138,6 +138,9 @@ def predict(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that the model's repository ships.")
     ] = False,
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", help="Folder of the adapter that the head's cache was extracted with.")
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="Refuse unless this is the head's prompt.")] = None,
     layer: Annotated[str | None, typer.Option(help="Refuse unless this is the head's layer, or mix.")] = None,
     device: Annotated[str, typer.Option(help="cuda, mps, cpu or auto.")] = "auto",
@@ -166,6 +169,7 @@ def predict(
             gguf_file=gguf_file,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            adapter=adapter,
             prompt=prompt,
             layer=parse_layer(layer),
             device=device,

@@ -15,6 +15,7 @@ from ..cache.dtypes import storage_dtype
 from ..cache.errors import DataError, RunError
 from ..cache.fileio import replace_durably
 from ..cache.identity import Identity
+from ..extract.adapter import Adapter, open_adapter
 from ..extract.backbone import Backbone
 from ..extract.batches import Budget, run_in_batches
 from ..extract.files import find_backbone
@@ -37,6 +38,7 @@ def predict_scores(
     gguf_file: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    adapter: str | Path | None = None,
     prompt: str | None = None,
     layer: Layer | None = None,
     device: str = "auto",
@@ -58,6 +60,7 @@ def predict_scores(
         gguf_file: name of the GGUF inside the folder or repository.
         revision: of the hub repository.
         trust_remote_code: whether to run Python code of the model's repository.
+        adapter: folder of the adapter that the cache of the head was extracted with.
         prompt: if given, must be the head's own.
         layer: if given, must be the head's own.
         device: cuda, mps, cpu or auto.
@@ -70,7 +73,8 @@ def predict_scores(
 
     Raises:
         RunError: if the run cannot be used or was changed since it was saved, if `out` cannot be written, or if
-            backbone, prompt or layer are not those the head was trained on.
+            backbone, adapter, prompt or layer are not those the head was trained on.
+        AdapterError: if the adapter cannot be read, or is one of another backbone.
         DataError: naming the row, if one cannot be used.
         BackboneError: if the backbone cannot be run.
     """
@@ -98,9 +102,12 @@ def predict_scores(
                 f"its {part} files differ. Give that one with --model"
                 + (f" and --revision {identity.revision}" if identity.revision else "")
             )
+    merged = open_adapter(adapter, files) if adapter is not None else None
+    _refuse_other_adapter(merged, trained)
     columns = _columns(data, trained)
     backbone = Backbone(
         files,
+        adapter=merged,
         layers=trained.layers,
         compute_dtype=identity.compute_dtype,
         device=device,
@@ -172,6 +179,19 @@ def _finishing(temporary: Path, final: Path) -> Iterator[TextIO]:
 def _refuse(name: str, have: object, want: object, run: Run) -> None:
     if want is not None and want != have:
         raise RunError(f"{run.path.name} was trained with the {name} {have!r}, not {want!r}; leave --{name} out")
+
+
+def _refuse_other_adapter(given: Adapter | None, run: Run) -> None:
+    wanted = run.identity.adapter
+    if wanted == (given.sha256 if given is not None else None):
+        return
+    if wanted is None:
+        raise RunError(f"{run.path.name} was trained on states of the backbone alone; leave --adapter out")
+    here = "none was given" if given is None else f"{given.name} is {given.sha256[:12]}…"
+    raise RunError(
+        f"{run.path.name} was trained on states of the backbone with the adapter {wanted[:12]}…, and {here}; give that "
+        "one with --adapter"
+    )
 
 
 def _columns(data: Path, run: Run) -> Columns:

@@ -170,7 +170,7 @@ def _meta(runs: Sequence[Run], cache: FeatureCache) -> dict[str, object]:
     identity, run = cache.identity, runs[0]
     return {
         "task": cache.manifest.task,
-        "adapter": getattr(identity, "adapter", None),
+        "adapter": identity.adapter,
         "model": identity.model,
         "revision": identity.revision,
         "layer": run.layer,

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..cache.device import pick_device
 from ..cache.errors import BackboneError, SettingsError, require_extra
+from .adapter import Adapter, merge_adapter
 from .chat import chat_text, check_chat_template
 from .files import BackboneFiles
 from .heap import keep_freed_memory
@@ -29,8 +30,9 @@ class Backbone:
         compute_dtype: str,
         device: str,
         trust_remote_code: bool,
+        adapter: Adapter | None = None,
     ) -> None:
-        """Load configuration and tokenizer; `load` loads the weights.
+        """Load configuration and tokenizer; `load` loads the weights, and merges the adapter into them.
 
         Raises:
             BackboneError: if they cannot be read, or the model is neither a causal LM nor an encoder.
@@ -44,6 +46,7 @@ class Backbone:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         self._transformers = transformers
         self.files = files
+        self.adapter = adapter
         self.version: str = transformers.__version__
         self._options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         if files.gguf_file is not None:
@@ -70,7 +73,6 @@ class Backbone:
         self.parameters = 0
         """Of the whole backbone, without a head for its vocabulary; known once it is loaded."""
         self._model: Any = None
-        self._pad = 0
         self._caught: dict[int, Any] = {}
 
     @property
@@ -162,7 +164,6 @@ class Backbone:
                     blocks[0].register_forward_pre_hook(self._catch_input, with_kwargs=True)
                 elif layer < self.depth:
                     blocks[layer - 1].register_forward_hook(self._catch_output(layer))
-        self._pad = self.pad_token(model)
         self._model = self.place(model)
 
     def release(self) -> None:
@@ -170,23 +171,30 @@ class Backbone:
         self._model = None
 
     def read_model(self, factory: str) -> Any:
-        """Read the frozen weights as a model of one of transformers' kinds.
+        """A model with this backbone's weights, the adapter merged into them; frozen, in eval mode, on the CPU.
 
         Args:
-            factory: AutoModel, or AutoModelForCausalLM for one with its LM head.
+            factory: "AutoModel", or "AutoModelForCausalLM" for one with its LM head.
 
         Raises:
             BackboneError: if they cannot be loaded.
+            AdapterError: if the adapter does not fit them.
         """
         if self.device.type == "cpu":
             keep_freed_memory()
+        # An adapter names the modules of the causal LM it was tuned on, whose body AutoModel gives alone.
+        loaded = factory if self.adapter is None else "AutoModelForCausalLM"
         options = {"dtype": self.compute_dtype, "attn_implementation": "sdpa"}
         try:
-            model = self._from_pretrained(factory, **options)
+            model = self._from_pretrained(loaded, **options)
         except BackboneError as error:
             if "scaled_dot_product_attention" not in str(error):
                 raise
-            model = self._from_pretrained(factory, **{**options, "attn_implementation": "eager"})
+            model = self._from_pretrained(loaded, **{**options, "attn_implementation": "eager"})
+        if self.adapter is not None:
+            model = merge_adapter(self.adapter, model, self.files.name)
+            if factory == "AutoModel":
+                model = model.base_model
         return model.eval().requires_grad_(False)
 
     def pad_token(self, model: Any) -> int:
@@ -225,6 +233,31 @@ class Backbone:
         import torch
 
         self.load()
+        try:
+            with torch.inference_mode():
+                self._caught[self.depth], _ = self.last_states(self._model, rows)
+                return torch.stack([self._caught[layer] for layer in self.layers], dim=1)
+        finally:
+            self._caught.clear()  # also when memory ran out: what is kept here could not be freed
+
+    def last_states(self, model: Any, rows: Sequence[np.ndarray]) -> tuple[Any, Any]:
+        """Run B rows through a model without LM head.
+
+        Args:
+            model: of `read_model`, placed.
+            rows: B arrays of token ids.
+
+        Returns:
+            (B, T, D) hidden states after the final norm, undefined in the padding; (B, T) bool mask, True = real token.
+        """
+        input_ids, mask = self._pad(rows, self.pad_token(model))
+        arguments = {"use_cache": False} if hasattr(self._text_config, "use_cache") else {}
+        output = model(input_ids=input_ids, attention_mask=mask, **arguments)
+        return output.last_hidden_state, mask.bool()
+
+    def _pad(self, rows: Sequence[np.ndarray], pad: int) -> tuple[Any, Any]:
+        import torch
+
         T = max(len(row) for row in rows)
         input_ids = np.zeros((len(rows), T), dtype=np.int64)
         mask = np.zeros((len(rows), T), dtype=np.int64)
@@ -233,20 +266,8 @@ class Backbone:
             mask[number, : len(row)] = 1
         # Right padding whatever the tokenizer prefers: positions then count from the first real token, as they do for
         # a row alone.
-        input_ids[mask == 0] = self._pad
-        arguments = {"use_cache": False} if hasattr(self._text_config, "use_cache") else {}
-        model: Any = self._model
-        try:
-            with torch.inference_mode():
-                output = model(
-                    input_ids=torch.from_numpy(input_ids).to(self.device),
-                    attention_mask=torch.from_numpy(mask).to(self.device),
-                    **arguments,
-                )
-                self._caught[self.depth] = output.last_hidden_state
-                return torch.stack([self._caught[layer] for layer in self.layers], dim=1)
-        finally:
-            self._caught.clear()  # also when memory ran out: what is kept here could not be freed
+        input_ids[mask == 0] = pad
+        return torch.from_numpy(input_ids).to(self.device), torch.from_numpy(mask).to(self.device)
 
     def _from_pretrained(self, factory: str, **options: Any) -> Any:
         try:

@@ -55,7 +55,7 @@ def run_in_batches(
         try:
             result = forward(batch)
         except Exception as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             if rows == 1 and released:
                 raise BackboneError(
@@ -77,7 +77,8 @@ def run_in_batches(
             released = True
 
 
-def _out_of_memory(error: Exception) -> bool:
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, of whatever device."""
     import torch
 
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):

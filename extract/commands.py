@@ -1,4 +1,4 @@
-"""`relish extract`."""
+"""`relish extract`, and `relish tune` beside it."""
 
 import json
 from dataclasses import asdict
@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .tune_command import tune
+
 if TYPE_CHECKING:
     from .pipeline import ExtractSummary
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command to the command line."""
+    """Add the commands to the command line."""
     app.command(no_args_is_help=True)(extract)
+    app.command(no_args_is_help=True)(tune)
 
 
 def extract(
@@ -47,6 +50,9 @@ def extract(
     id_column: Annotated[str | None, typer.Option(help="Column of the rows' ids.")] = None,
     label_range: Annotated[
         str | None, typer.Option(metavar="LOW,HIGH", help="Smallest and largest possible score.")
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", metavar="ADAPTER", help="Folder of an adapter to merge into the model.")
     ] = None,
     layers: Annotated[
         str, typer.Option(help="last, indices or fractions of the depth: 12, 0.5, or several: 0.5,last.")
@@ -124,6 +130,7 @@ def extract(
         target_column=target_column,
         id_column=id_column,
         label_range=parse_label_range(label_range) if label_range is not None else None,
+        adapter=adapter,
         layers=parse_layers(layers),
         dtype=dtype,
         compute_dtype=compute_dtype,

@@ -4,7 +4,7 @@ import hashlib
 import re
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,13 @@ class BackboneFiles:
 
     def hashes(self) -> dict[str, str]:
         """sha256 over the weights, configuration and tokenizer files, under these three names."""
+        return dict(self._hashes)
+
+    @cached_property
+    def _hashes(self) -> dict[str, str]:
         if self.gguf_file is not None:
-            whole = _hash_files([self.folder / self.gguf_file])
-            return {"weights": whole, "config": whole, "tokenizer": _hash_files(self._matching(_TOKENIZER), whole)}
+            whole = hash_files([self.folder / self.gguf_file])
+            return {"weights": whole, "config": whole, "tokenizer": hash_files(self._matching(_TOKENIZER), whole)}
         weights = self._matching(_SAFE_WEIGHTS) or self._matching(_OLD_WEIGHTS)
         if not weights:
             raise BackboneError(
@@ -59,9 +63,9 @@ class BackboneFiles:
                 )
             )
         return {
-            "weights": _hash_files(weights),
-            "config": _hash_files(self._matching(_CONFIG)),
-            "tokenizer": _hash_files(self._matching(_TOKENIZER)),
+            "weights": hash_files(weights),
+            "config": hash_files(self._matching(_CONFIG)),
+            "tokenizer": hash_files(self._matching(_TOKENIZER)),
         }
 
     def _matching(self, patterns: tuple[str, ...]) -> list[Path]:
@@ -117,7 +121,8 @@ def _from_hub(model: str, gguf_file: str | None, revision: str | None) -> Backbo
     return BackboneFiles(Path(folder), gguf_file, name, Path(folder).name)
 
 
-def _hash_files(paths: list[Path], *more: str) -> str:
+def hash_files(paths: list[Path], *more: str) -> str:
+    """sha256 over the content of a single file, or over names and contents of several, and more text."""
     if len(paths) == 1 and not more:  # its name does not matter: a renamed GGUF is the same backbone
         return _hash_file(paths[0])
     total = hashlib.sha256()

@@ -18,8 +18,14 @@ NEW_TOKENS = 16
 _SAMPLED = 1 << 24  # probabilities that are summed up at once
 
 
-def refuse_encoder(backbone: Backbone) -> None:
+def refuse_encoder(
+    backbone: Backbone, advice: str = "which answers nothing; leave --readouts out, or give a causal LM"
+) -> None:
     """Refuse an LLM that cannot answer.
+
+    Args:
+        backbone: the LLM.
+        advice: the end of the sentence.
 
     Raises:
         BackboneError: if it is no causal LM.
@@ -31,10 +37,7 @@ def refuse_encoder(backbone: Backbone) -> None:
     if kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES or not (
         own_code or kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     ):
-        raise BackboneError(
-            f"{backbone.files.name} is an encoder ({kind}), which answers nothing; leave --readouts out, or give a "
-            "causal LM"
-        )
+        raise BackboneError(f"{backbone.files.name} is an encoder ({kind}), {advice}")
 
 
 class Generator:

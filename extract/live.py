@@ -1,4 +1,4 @@
-"""The progress bar of an extraction: rows, tokens/s and time left."""
+"""The progress bar of an extraction or a tuning: rows, tokens/s and time left."""
 
 import time
 from typing import Any
@@ -10,10 +10,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 class ExtractBar:
     """Progress on the terminal; on stderr, so that --json can be piped."""
 
-    def __init__(self) -> None:
+    def __init__(self, what: str = "extract") -> None:
         self._console = Console(stderr=True)
         self._progress = Progress(
-            TextColumn("extract"),
+            TextColumn(what),
             BarColumn(),
             TextColumn("{task.fields[rows]:,}/{task.fields[of]:,} rows"),
             TextColumn("{task.fields[rate]:,.0f} tokens/s"),
@@ -40,7 +40,7 @@ class ExtractBar:
         for task in self._progress.task_ids:
             self._progress.remove_task(task)
         self._rows = self._tokens = 0
-        self._task = self._progress.add_task("extract", total=tokens, rows=0, of=rows, rate=0.0)
+        self._task = self._progress.add_task("", total=tokens, rows=0, of=rows, rate=0.0)
         self._started = time.monotonic()
         self._progress.start()
 

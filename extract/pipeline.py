@@ -15,6 +15,7 @@ from ..cache.info import padding_overhead
 from ..cache.manifest import SkippedRow
 from ..cache.speed import add_speed
 from ..cache.writer import CacheWriter, SplitRows, SplitWriter, manifest_to_resume
+from .adapter import open_adapter
 from .backbone import Backbone
 from .batches import Budget, run_in_batches
 from .files import find_backbone
@@ -72,6 +73,7 @@ def extract_cache(cache: str | Path, settings: ExtractSettings, *, progress: Pro
     Raises:
         DataError: for rows that cannot be used, before the backbone is loaded.
         BackboneError: if the model is not found or cannot be run, or is an encoder and readouts are asked for.
+        AdapterError: if the adapter cannot be used with that model.
         CacheError: if the folder holds a cache, or readouts, made with anything different.
     """
     folder = Path(cache).resolve()
@@ -92,10 +94,13 @@ def open_backbone(settings: ExtractSettings) -> Backbone:
 
     Raises:
         BackboneError: if it is not found, or is none.
+        AdapterError: if the adapter cannot be read, or is one of another backbone.
         SettingsError: if a layer is deeper than the backbone, or the device is not there.
     """
+    files = find_backbone(settings.model, gguf_file=settings.gguf_file, revision=settings.revision)
     return Backbone(
-        find_backbone(settings.model, gguf_file=settings.gguf_file, revision=settings.revision),
+        files,
+        adapter=open_adapter(settings.adapter, files) if settings.adapter is not None else None,
         layers=settings.layers,
         compute_dtype=settings.compute_dtype,
         device=settings.device,
@@ -112,13 +117,16 @@ def fill_cache(
         low, high = data.label_range
         note(f"label range {low:g} to {high:g}, taken from the training split (--label-range sets it)")
     max_length = choose_max_length(settings.max_length, backbone)
-    made_by = _made_by(backbone)
+    maker = made_by(backbone)
+    if backbone.adapter is not None:
+        for text in backbone.adapter.notes(backbone.files, prompt=data.prompt, chat_template=settings.chat_template):
+            note(f"note: {text}")
     writer = CacheWriter(
         folder,
         identity=identify(backbone, settings, prompt=data.prompt, max_length=max_length),
         label_range=data.label_range,
         task=settings.task,
-        made_by=made_by,
+        made_by=maker,
     )
     splits = []
     for name, split in data.splits.items():
@@ -140,7 +148,8 @@ def fill_cache(
         with writer.writing():
             note(f"loading {backbone.files.name} ({backbone.compute_dtype}, {backbone.device})".replace("torch.", ""))
             backbone.load()
-            writer.made_with("parameters", f"{backbone.parameters:,}")
+            for name, value in _made_with(backbone).items():
+                writer.made_with(name, value)
             started = time.perf_counter()
             todo = [len(rows.tokens[row]) for _, rows, split, number in pending for row in split.members(number)]
             if progress is not None:
@@ -150,7 +159,7 @@ def fill_cache(
                 for name, rows, split, number in pending:
                     computed += _extract_shard(backbone, name, rows, split, number, budget, sink, progress)
             seconds = time.perf_counter() - started
-            add_speed(folder, made_by["device"], rows=len(todo), tokens=computed, seconds=seconds)
+            add_speed(folder, maker["device"], rows=len(todo), tokens=computed, seconds=seconds)
     records = [split.record for _, _, split in splits]
     shards = [shard for record in records for shard in record.shards]
     return ExtractSummary(
@@ -211,6 +220,7 @@ def identify(backbone: Backbone, settings: ExtractSettings, *, prompt: str, max_
         dtype=settings.dtype,
         compute_dtype=str(backbone.compute_dtype).removeprefix("torch."),
         transformers=backbone.version,
+        adapter=backbone.adapter.sha256 if backbone.adapter is not None else None,
     )
 
 
@@ -251,13 +261,25 @@ def _forward(backbone: Backbone, tokens: list[np.ndarray], dtype: Any, batch: ra
     return states, states.to(dtype)
 
 
-def _made_by(backbone: Backbone) -> dict[str, str]:
+def made_by(backbone: Backbone) -> dict[str, str]:
+    """For people: versions of relish and torch, and the device."""
     import torch
 
     from ..cache.version import __version__
 
     device = torch.cuda.get_device_name(backbone.device) if backbone.device.type == "cuda" else backbone.device.type
     return {"relish": __version__, "torch": torch.__version__, "device": device}
+
+
+def _made_with(backbone: Backbone) -> dict[str, str]:
+    """What cost tables need of a loaded backbone: its size, and what its adapter took."""
+    tuned = backbone.adapter.tuned if backbone.adapter is not None else None
+    facts = {"parameters": f"{backbone.parameters:,}"}
+    if tuned is not None:
+        facts["adapter_method"] = tuned["settings"]["method"]
+        facts["adapter_parameters"] = f"{tuned['trainable_parameters']:,}"
+        facts["adapter_seconds"] = f"{tuned['seconds']:,}"
+    return facts
 
 
 def _ignore(_text: str) -> None:

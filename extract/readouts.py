@@ -14,24 +14,18 @@ from ..cache.manifest import load_manifest
 from ..cache.readouts import Readout, part_rows, pending_parts, save_part
 from .backbone import Backbone
 from .batches import Budget, run_in_batches
-from .candidates import answer_ids, candidate_scores, format_score
 from .generator import NEW_TOKENS, Generator, refuse_encoder
-from .prompt import fill, prompt_fields
 from .rows import SplitData
 from .settings import ExtractSettings
 from .shots import TRAIN, Prompts, choose_examples, common_prefix
 from .sources import TextData
-from .tree import Seen
+from .tree import Seen, pack_size
 
 if TYPE_CHECKING:
     from .pipeline import Progress
 
 SAMPLES = 16
 SEED = 0
-_PACKED = {"cpu": 512}
-"""Tokens that go through the LLM at once. Each is compared with all others of its batch, though it sees its own row
-only: more of them than the common beginning has would cost more than they save."""
-_PACKED_ELSEWHERE = 4096
 
 
 @dataclass(frozen=True)
@@ -161,14 +155,8 @@ def _plan(
         if kind == "samples":
             more |= {"samples": SAMPLES, "temperature": 1.0, "seed": SEED}
         elif kind == "candidates":
-            scores = candidate_scores(data.label_range)
-            # Any row would do: the tokens of a prompt stay as they are, whatever is answered.
-            before = prompts.text(fill(data.prompt, {field: field for field in prompt_fields(data.prompt)}), 0)
-            border = prompts.border(used)
-            tokens = [
-                answer_ids(backbone.tokenizer, before, format_score(y, data.label_range), **border) for y in scores
-            ]
-            more = {"candidates": scores, "end": border["end"]}
+            scores, tokens = prompts.candidates(data.prompt, data.label_range, used)
+            more = {"candidates": scores, "end": prompts.border(used)["end"]}
         readout = replace(plan, kind=kind, settings={**plan.settings, **more})
         jobs.append(_Job(readout, pending_parts(folder, readout, len(texts)), tokens))
     return jobs
@@ -194,7 +182,7 @@ def _run(
     if progress is not None:
         progress.note(f"asking about {readout.split}: {readout.name}, {shared:,} tokens read once for all rows")
         progress.begin(sum(map(len, parts)), sum(len(rows[row]) for part in parts for row in part))
-    default = _PACKED.get(backbone.device.type, _PACKED_ELSEWHERE)
+    default = pack_size(backbone.device.type)
     budget = Budget(settings.batch_tokens or min(max(default, shared), backbone.default_batch_tokens))
     for part in parts:
         answers = _answer(job, [rows[row] for row in part], part, generator, prefix, budget, progress)

@@ -1,4 +1,4 @@
-"""Everything `relish extract` can be told."""
+"""Everything `relish extract` can be told, of which `relish tune` shares the backbone and the texts."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -17,8 +17,8 @@ COMPUTE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtractSettings:
-    """What to extract, from which rows, with which backbone."""
+class TextSettings:
+    """Which backbone is to read which texts."""
 
     model: str | Path
     """Hub id, local folder, or GGUF file of a causal LM or an encoder."""
@@ -50,10 +50,6 @@ class ExtractSettings:
     label_range: tuple[float, float] | None = None
     """Smallest and largest possible score. Default: the preset's, or what the training split spans."""
 
-    layers: tuple[int | float, ...] = ()
-    """Hidden states to keep: int an index (0 the embeddings), float a fraction of the depth; () the last."""
-    dtype: str = "bfloat16"
-    """Storage type: bfloat16, float16 or float32."""
     compute_dtype: str = "auto"
     """Type the backbone runs in; auto is the checkpoint's own on cuda and float32 elsewhere."""
     device: str = "auto"
@@ -62,6 +58,32 @@ class ExtractSettings:
     """Longest row in tokens; None for the backbone's context."""
     truncate: bool = False
     """Cut longer rows to max_length instead of refusing them."""
+
+    def __post_init__(self) -> None:
+        one_of("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
+        at_least_1(self, "max_length")
+        if self.label_range is not None:
+            low, high = self.label_range
+            if not -math.inf < low < high < math.inf:
+                raise SettingsError(
+                    f"the label range must go from a smaller to a larger number, not from {low} to {high}"
+                )
+        if self.data and self.hub:
+            raise SettingsError("rows come either from files (data) or from the hub, not from both")
+        if not self.data and not self.hub and not self.task:
+            raise SettingsError("no rows to read: give --data SPLIT=FILE, --hub ID, or a --task preset")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractSettings(TextSettings):
+    """What to extract, from which rows, with which backbone."""
+
+    adapter: str | Path | None = None
+    """Folder of an adapter, such as `relish tune` makes, that is merged into the backbone."""
+    layers: tuple[int | float, ...] = ()
+    """Hidden states to keep: int an index (0 the embeddings), float a fraction of the depth; () the last."""
+    dtype: str = "bfloat16"
+    """Storage type: bfloat16, float16 or float32."""
     batch_tokens: int | None = None
     """Token slots per forward pass, padding included; None for 16,384 on a GPU, and 256 per thread, from 512
     to 4,096, on the CPU."""
@@ -77,15 +99,12 @@ class ExtractSettings:
     """With how many solved examples in the prompt, taken from the split train: each number gives its own readouts."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         storage_dtype(self.dtype)
-        _one_of("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
-        _one_of("on_nonfinite", self.on_nonfinite, ("error", "skip"))
-        for name in ("max_length", "batch_tokens", "shard_rows"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SettingsError(f"{name} must be at least 1, not {value}")
+        one_of("on_nonfinite", self.on_nonfinite, ("error", "skip"))
+        at_least_1(self, "batch_tokens", "shard_rows")
         for kind in self.readouts:
-            _one_of("a readout", kind, KINDS)
+            one_of("a readout", kind, KINDS)
         if not self.shots or min(self.shots) < 0:
             raise SettingsError(f"shots must be numbers from 0 on, not {self.shots}")
         if self.shots != (0,) and not self.readouts:
@@ -95,16 +114,6 @@ class ExtractSettings:
         for layer in self.layers:
             if not 0 <= layer <= (1 if isinstance(layer, float) else math.inf):
                 raise SettingsError(f"a layer is an index from 0 on or a fraction of the depth up to 1.0, not {layer}")
-        if self.label_range is not None:
-            low, high = self.label_range
-            if not -math.inf < low < high < math.inf:
-                raise SettingsError(
-                    f"the label range must go from a smaller to a larger number, not from {low} to {high}"
-                )
-        if self.data and self.hub:
-            raise SettingsError("rows come either from files (data) or from the hub, not from both")
-        if not self.data and not self.hub and not self.task:
-            raise SettingsError("no rows to extract: give --data SPLIT=FILE, --hub ID, or a --task preset")
 
 
 def parse_layers(text: str) -> tuple[int | float, ...]:
@@ -170,6 +179,23 @@ def parse_data(pairs: list[str]) -> dict[str, str]:
     return data
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Check a setting that is one of a few words.
+
+    Raises:
+        SettingsError: naming the setting and the words.
+    """
     if value not in allowed:
         raise SettingsError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+
+
+def at_least_1(settings: object, *names: str) -> None:
+    """Check settings that count something; None stands for a default.
+
+    Raises:
+        SettingsError: naming the setting.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise SettingsError(f"{name} must be at least 1, not {value}")

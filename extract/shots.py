@@ -10,9 +10,10 @@ import numpy as np
 
 from ..cache.errors import DataError
 from .backbone import Backbone
-from .candidates import format_score
+from .candidates import answer_ids, candidate_scores, format_score
 from .chat import chat_border, chat_text, check_chat_template
 from .generator import NEW_TOKENS
+from .prompt import fill, prompt_fields
 from .rows import SplitData
 
 TRAIN = "train"
@@ -96,6 +97,22 @@ class Prompts:
         if self._chat:
             return {"lead": self._lead, "end": self._chat_end or self._backbone.tokenizer.eos_token}
         return {"lead": None, "end": _BLANK_LINE if shots else "\n"}
+
+    def candidates(
+        self, template: str, label_range: tuple[float, float], shots: int
+    ) -> tuple[list[float], list[np.ndarray]]:
+        """The candidate scores of a label range, and the token ids of each as an answer.
+
+        Args:
+            template: the prompt, not filled.
+            label_range: smallest and largest possible score.
+            shots: how many examples come before a row.
+        """
+        # Any row would do: the tokens of a prompt stay as they are, whatever is answered.
+        before = self.text(fill(template, {field: field for field in prompt_fields(template)}), 0)
+        scores, border = candidate_scores(label_range), self.border(shots)
+        written = [format_score(score, label_range) for score in scores]
+        return scores, [answer_ids(self._backbone.tokenizer, before, answer, **border) for answer in written]
 
     def tokens(self, rows: Sequence[str], shots: int) -> list[np.ndarray]:
         """Token ids of each prompt, int32, special tokens included."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..cache.errors import DataError
 from .rows import SplitData, guess_text_column, label_range_of, load_split, resolve_columns
-from .settings import ExtractSettings, Source
+from .settings import Source, TextSettings
 from .tables import hub_splits, read_hub, read_rows
 from .tasks import Task, get_task
 
@@ -24,7 +24,7 @@ class TextData:
     """Whether the label range was taken from the training split, which a person should be told."""
 
 
-def load_texts(settings: ExtractSettings, known_range: tuple[float, float] | None) -> TextData:
+def load_texts(settings: TextSettings, known_range: tuple[float, float] | None) -> TextData:
     """Read every split.
 
     Args:
@@ -62,7 +62,7 @@ def load_texts(settings: ExtractSettings, known_range: tuple[float, float] | Non
     return TextData(splits, prompt, label_range, taken)
 
 
-def _open_sources(settings: ExtractSettings, task: Task | None) -> dict[str, tuple[str, Iterable[Mapping[str, Any]]]]:
+def _open_sources(settings: TextSettings, task: Task | None) -> dict[str, tuple[str, Iterable[Mapping[str, Any]]]]:
     if settings.data:
         return {split: _open_source(split, source) for split, source in settings.data.items()}
     hub = settings.hub or (task.hub if task else None)

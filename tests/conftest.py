@@ -78,6 +78,45 @@ def tiny_cache(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any, tiny_r
 
 
 @pytest.fixture(scope="session")
+def tune_settings(tiny_model: Any, tiny_rows: Any) -> Callable[..., Any]:
+    """`tune_settings("raft", lr=0.1)`: 24 training and 8 validation rows, two epochs of three steps, a tiny llama."""
+    from relish.extract.tune_settings import TuneSettings
+
+    def settings(method: str = "lora", *, arch: str = "llama", **changes: Any) -> TuneSettings:
+        options: dict[str, Any] = {
+            "model": tiny_model(arch),
+            "data": {"train": tiny_rows(24), "dev": tiny_rows(8, 1)},
+            "prompt": "Rate: {text}\nScore:",
+            "label_range": (0.0, 5.0),
+            "device": "cpu",
+            "epochs": 2,
+            "batch_size": 8,
+            "lr": 1e-2,
+        }
+        return TuneSettings(method=method, **{**options, **changes})
+
+    return settings
+
+
+@pytest.fixture(scope="session")
+def tuned(tmp_path_factory: pytest.TempPathFactory, tune_settings: Any) -> Callable[..., Path]:
+    """`tuned("raft")`: the folder of a finished adapter, made once; `tuned("lora", "gpt2")` of another architecture."""
+    from relish.extract.tune import tune_adapter
+
+    made: dict[tuple[str, str], Path] = {}
+    home = tmp_path_factory.mktemp("tuned")
+
+    def adapter(method: str = "lora", arch: str = "llama") -> Path:
+        if (method, arch) not in made:
+            folder = home / f"{method}-{arch}"
+            tune_adapter(folder, tune_settings(method, arch=arch))
+            made[method, arch] = folder
+        return made[method, arch]
+
+    return adapter
+
+
+@pytest.fixture(scope="session")
 def run_cli() -> Callable[..., Any]:
     """`run_cli("cache", "info", path)` runs the command line in this process: exit_code, stdout, stderr."""
     from typer.testing import CliRunner

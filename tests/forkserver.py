@@ -2,7 +2,8 @@
 everything: a fresh interpreter would take seconds every time. It reads one JSON request a line and answers with one.
 
 {"start": [argv], "kill_before": n, "pause": seconds, "cwd": path} forks and answers {"pid"}. The child is killed right
-before the n-th step of a commit; each forward pass takes `pause` seconds longer; os lacks the function `without`.
+before the n-th step of a commit, or of a tuning's checkpoints, of which `checkpoints` writes one after each step; each
+forward pass takes `pause` seconds longer; os lacks the function `without`.
 {"wait": pid} answers {"code", "stdout", "stderr"}; code is negative after a signal, as in subprocess.
 """
 
@@ -20,6 +21,7 @@ STEPS = ("open", "posix_fallocate", "pwrite", "fsync", "replace", "close")
 def count_steps(kill_before: int) -> None:
     """Kill this process before a step: a system call of the commit, of which many writes in a row are one step."""
     from relish.cache.writer import SplitWriter
+    from relish.extract.tune_state import TuneState
 
     left, last = kill_before, ""
 
@@ -35,16 +37,20 @@ def count_steps(kill_before: int) -> None:
 
         return call
 
-    shard = SplitWriter.shard
+    def arm(owner, name):
+        real = getattr(owner, name)
 
-    def armed(self, number):  # from here on: what came before is not part of the protocol
-        SplitWriter.shard = shard
-        for name in STEPS:
-            if hasattr(os, name):
-                setattr(os, name, counted(name, getattr(os, name)))
-        return shard(self, number)
+        def armed(*arguments):  # from here on: what came before is not part of the protocol
+            setattr(owner, name, real)
+            for step in STEPS:
+                if hasattr(os, step):
+                    setattr(os, step, counted(step, getattr(os, step)))
+            return real(*arguments)
 
-    SplitWriter.shard = armed
+        setattr(owner, name, armed)
+
+    arm(SplitWriter, "shard")
+    arm(TuneState, "save")
 
 
 def slow_down(pause: float) -> None:
@@ -69,6 +75,10 @@ def child(request, out, err) -> None:
         delattr(os, request["without"])
     if request.get("kill_before"):
         count_steps(request["kill_before"])
+    if request.get("checkpoints"):
+        from relish.extract import tune_loop
+
+        tune_loop.SAVE_SECONDS = 0.0
     if request.get("pause"):
         slow_down(request["pause"])
     from relish.cli import main
@@ -96,7 +106,8 @@ def serve() -> None:
     import relish.cache.reader
     import relish.cli
     import relish.extract.live
-    import relish.extract.pipeline  # noqa: F401
+    import relish.extract.pipeline
+    import relish.extract.tune  # noqa: F401
 
     torch.set_num_threads(1)
     said = {}

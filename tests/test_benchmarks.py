@@ -10,8 +10,8 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
-def run(name: str, out: Path) -> tuple[dict, str]:
-    command = [sys.executable, BENCHMARKS / name, "--small", "--out", out]
+def run(name: str, out: Path, *more: str) -> tuple[dict, str]:
+    command = [sys.executable, BENCHMARKS / name, "--small", "--out", out, *more]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(out.read_text(encoding="utf-8")), done.stdout
@@ -99,3 +99,17 @@ def test_a_load_run(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert (result["rows"], result["kills"], result["caches_that_differ"]) == (300, 3, 0)
+
+
+def test_lora_check(tmp_path):
+    result, shown = run("lora_check.py", tmp_path / "lora_check.json", "--same-start", "--seeds", "2")
+    for mine, other in zip(*result["sides"].values(), strict=True):
+        # The same first weights, batches and recipe on both sides: any difference but rounding is a mistake.
+        assert mine["trainable_parameters"] == other["trainable_parameters"]
+        assert mine["pearson"] == pytest.approx(other["pearson"], abs=2e-3)
+        assert mine["nrmse"] == pytest.approx(other["nrmse"], abs=2e-3)
+    assert max(one["pearson"] for one in result["sides"]["relish tune"]) > 0.9
+    assert "| relish tune |" in shown
+    result, _ = run("lora_check.py", tmp_path / "as_it_comes.json")
+    (mine,), (other,) = result["sides"].values()
+    assert mine["trainable_parameters"] == other["trainable_parameters"] + 1  # a bias

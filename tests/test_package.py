@@ -29,6 +29,7 @@ PUBLIC = [
     "RelishError",
     "RelishHead",
     "TrainSettings",
+    "TuneSettings",
     "__version__",
     "evaluate_runs",
     "extract_cache",
@@ -36,6 +37,7 @@ PUBLIC = [
     "open_cache",
     "predict_scores",
     "train_heads",
+    "tune_adapter",
 ]
 
 
@@ -143,7 +145,7 @@ def test_help_runs_as_a_process_and_answers_in_half_a_second() -> None:
         started = time.perf_counter()
         shown = run(command, "--help")
         seconds.append(time.perf_counter() - started)
-    for name in ("extract", "train", "evaluate", "predict", "demo", "cache"):
+    for name in ("extract", "tune", "train", "evaluate", "predict", "demo", "cache"):
         assert re.search(rf"^  {name} ", shown, re.MULTILINE)
     median = statistics.median(seconds)
     assert median < 0.5, f"relish --help took {median:.2f} s (median of {len(seconds)}); what does it import?"

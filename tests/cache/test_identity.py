@@ -18,6 +18,7 @@ CHANGES = {
     "dtype": "float16",
     "compute_dtype": "bfloat16",
     "transformers": "5.1.0",
+    "adapter": "a" * 64,
     "model": "org/other",
 }
 
@@ -29,6 +30,17 @@ def refuse(have, want):
 def test_json_brings_back_the_same_identity(make):
     identity = make.identity(layers=(0, 2), revision=None)
     assert Identity.from_json(identity.to_json()) == identity
+
+
+def test_an_identity_from_before_there_were_adapters_has_none(make):
+    value = make.identity().to_json()
+    assert value.pop("adapter") is None
+    assert Identity.from_json(value) == make.identity()
+
+
+def test_an_adapter_that_is_no_hash_is_refused(make):
+    with pytest.raises(ValueError, match="identity.adapter is 5"):
+        Identity.from_json({**make.identity().to_json(), "adapter": 5})
 
 
 def test_equal_identities_pass(make):

@@ -97,6 +97,58 @@ def test_another_backbone_is_refused(run, new, tiny_model, tmp_path, run_cli):
     assert not out.exists()
 
 
+# With an adapter
+
+
+@pytest.fixture(scope="module")
+def adapted(tuned, tiny_model, tiny_rows, tmp_path_factory):
+    """A head on the states of a tuned backbone."""
+    from relish.extract.pipeline import extract_cache
+    from relish.extract.settings import ExtractSettings
+
+    home = tmp_path_factory.mktemp("adapted")
+    data = {name: tiny_rows(count, seed) for seed, (name, count) in enumerate((("train", 40), ("test", 20)))}
+    settings = ExtractSettings(
+        model=tiny_model("llama"), adapter=tuned(), data=data, label_range=(0.0, 5.0), device="cpu"
+    )
+    extract_cache(home / "cache", settings)
+    train_heads(home / "cache", home / "runs", TrainSettings(depths=(1,), **SMALL))
+    return home / "runs" / "relish-L1-seed0"
+
+
+def test_scores_with_the_adapter_are_evaluates_numbers(adapted, tuned, tiny_model, tiny_rows, tmp_path, run_cli):
+    data, out = tmp_path / "new.jsonl", tmp_path / "scores.csv"
+    data.write_text("\n".join(json.dumps({"text": row["text"]}) for row in tiny_rows(20, 1)), encoding="utf-8")
+    words = ("predict", adapted, "--model", tiny_model("llama"), "--data", data, "--out", out)
+    result = run_cli(*words, "--adapter", tuned())
+    assert result.exit_code == 0, result.stderr
+    scores = [float(row["score"]) for row in read(out)]
+    np.testing.assert_allclose(scores, evaluate_runs(adapted).predictions[0], rtol=0, atol=5e-3)
+
+
+def test_a_missing_or_another_adapter_is_refused(run, adapted, tuned, new, tiny_model, tmp_path, run_cli):
+    from relish.extract.adapter import read_adapter
+
+    def refused(run, *words):
+        out = tmp_path / "s.csv"
+        result = run_cli("predict", run, "--model", tiny_model("llama"), "--data", new, "--out", out, *words)
+        assert (result.exit_code, out.exists()) == (2, False)
+        return result.stderr
+
+    own, other = (read_adapter(tuned(method)).sha256 for method in ("lora", "raft"))
+    alone = f"error: relish-L1-seed0 was trained on states of the backbone with the adapter {own[:12]}…, and "
+    assert refused(adapted) == f"{alone}none was given; give that one with --adapter\n"
+    assert refused(adapted, "--adapter", tuned("raft")) == (
+        f"{alone}raft-llama is {other[:12]}…; give that one with --adapter\n"
+    )
+    assert refused(run, "--adapter", tuned()) == (
+        "error: relish-L2-seed0 was trained on states of the backbone alone; leave --adapter out\n"
+    )
+
+
+# What is refused
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [

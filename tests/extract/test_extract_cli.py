@@ -159,7 +159,7 @@ def test_no_such_data(extract, tmp_path):
 
 
 def test_no_rows_at_all(extract):
-    refused(extract(), "no rows to extract: give --data SPLIT=FILE, --hub ID, or a --task preset")
+    refused(extract(), "no rows to read: give --data SPLIT=FILE, --hub ID, or a --task preset")
 
 
 def test_a_gguf_without_the_package_that_reads_it(extract, table, tmp_path, monkeypatch):

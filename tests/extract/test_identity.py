@@ -119,7 +119,7 @@ def test_several_differences_are_all_named(extract):
 
 def test_other_versions_of_torch_and_relish_and_another_device_are_noted(extract, monkeypatch, tiny_rows):
     made_by = load_manifest(extract.folder).made_by
-    monkeypatch.setattr(pipeline, "_made_by", lambda _: {"relish": "9.1", "torch": "9.2", "device": "H100"})
+    monkeypatch.setattr(pipeline, "made_by", lambda _: {"relish": "9.1", "torch": "9.2", "device": "H100"})
     notes = extract(data={"test": tiny_rows(4, 1)})
     assert [text for text in notes if text.startswith("note: ")] == [
         f"note: the cache was begun with {name} {made_by[name]}, and this is {value}; hidden states may differ in "

@@ -35,7 +35,7 @@ def settings(**changes):
             RANGE + "nan to 5.0",
         ),
         ({"hub": "org/data"}, "rows come either from files (data) or from the hub, not from both"),
-        ({"data": {}}, "no rows to extract: give --data SPLIT=FILE, --hub ID, or a --task preset"),
+        ({"data": {}}, "no rows to read: give --data SPLIT=FILE, --hub ID, or a --task preset"),
     ],
 )
 def test_what_cannot_be_is_refused(changes, message):

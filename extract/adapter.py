@@ -1,0 +1,187 @@
+"""Adapters: LoRA weights in peft's format, checked against the backbone they belong to, and merged into it."""
+
+import json
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..cache.errors import AdapterError, require_extra
+from ..cache.fileio import read_whole
+from ..cache.jsonfile import read_versioned
+from .files import BackboneFiles, hash_files
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+TUNED = "tune.json"
+"""What `relish tune` writes last: a folder that has it is finished."""
+CHECKPOINT = "checkpoint.safetensors"
+"""What an unfinished one goes on from."""
+FORMAT = "relish adapter"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter's folder, weights not loaded."""
+
+    folder: Path
+    config: dict[str, Any]
+    """adapter_config.json."""
+    sha256: str
+    """Over adapter_config.json and adapter_model.safetensors: part of the identity of what is extracted with it."""
+    tuned: dict[str, Any] | None
+    """tune.json; None for an adapter that something else than relish made."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return self.folder.name
+
+    def refuse_other_base(self, files: BackboneFiles) -> None:
+        """Check that a backbone is the one it was made on, as far as its files tell; `merge_adapter` checks shapes.
+
+        Raises:
+            AdapterError: naming both.
+        """
+        if self.tuned is not None:
+            base, here = self.tuned["base"], files.hashes()["weights"]
+            if base["weights"] != here:
+                raise AdapterError(
+                    f"the adapter {self.name} was tuned on {base['model']} (weights {base['weights'][:12]}…), and this "
+                    f"is {files.name} (weights {here[:12]}…); give its own backbone with --model"
+                    + (f" and --revision {base['revision']}" if base["revision"] else "")
+                )
+        elif self._names_another(files) and files.revision is not None and files.gguf_file is None:
+            raise AdapterError(
+                f"the adapter {self.name} was made on {self.config['base_model_name_or_path']}, and this is "
+                f"{files.name}; give its own backbone with --model"
+            )
+
+    def notes(self, files: BackboneFiles, *, prompt: str, chat_template: bool) -> list[str]:
+        """What a person should know who reads these texts with it."""
+        if self.tuned is not None:
+            texts = self.tuned["texts"]
+            return [
+                f"the adapter {self.name} was tuned with {name} {texts[name]!r}, and this is {value!r}"
+                for name, value in (("prompt", prompt), ("chat_template", chat_template))
+                if texts[name] != value
+            ]
+        if self._names_another(files):
+            made_on = self.config["base_model_name_or_path"]
+            return [f"the adapter {self.name} says that it was made on {made_on}, and this is {files.name}"]
+        return []
+
+    def _names_another(self, files: BackboneFiles) -> bool:
+        """Whether adapter_config.json names another backbone: the last part counts, of a path or a hub id."""
+        made_on = re.split(r"[\\/]", str(self.config.get("base_model_name_or_path") or ""))[-1]
+        return made_on.lower() not in ("", *re.split(r"[\\/]", files.name.lower()))
+
+
+def open_adapter(folder: str | Path, files: BackboneFiles) -> Adapter:
+    """Read what an adapter is, for use with a backbone.
+
+    Raises:
+        AdapterError: if the folder holds none, an unfinished or damaged one, one of another kind than LoRA, or one of
+            another backbone.
+    """
+    adapter = read_adapter(folder)
+    adapter.refuse_other_base(files)
+    return adapter
+
+
+def read_adapter(folder: str | Path) -> Adapter:
+    """Read what an adapter is.
+
+    Raises:
+        AdapterError: if the folder holds none, an unfinished or damaged one, or one of another kind than LoRA.
+    """
+    folder = Path(folder).expanduser().resolve()
+    tuned = read_tuned(folder)
+    if tuned is None and (folder / CHECKPOINT).exists():
+        raise AdapterError(f"the adapter {folder} is not finished; run its relish tune command again to go on")
+    try:
+        config = json.loads(read_whole(folder / CONFIG))
+        if not isinstance(config, dict):
+            raise ValueError("no object")
+    except FileNotFoundError:
+        raise AdapterError(
+            f"{folder} is no adapter: it has no {CONFIG}; make one with: relish tune {folder} --method lora …"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{folder / CONFIG} cannot be read ({error}); {_way_out(folder)}") from None
+    if not (folder / WEIGHTS).is_file():
+        raise AdapterError(f"{folder} is no adapter that can be used: it has no {WEIGHTS}, and pickle is never read")
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(
+            f"{folder} is an adapter of the type {config.get('peft_type')!r}; LORA is what can be merged here"
+        )
+    sha256 = adapter_hash(folder)
+    if tuned is not None and sha256 != tuned["sha256_of_adapter"]:
+        raise AdapterError(
+            f"the adapter {folder} is not as relish wrote it: it was edited or damaged; {_way_out(folder)}"
+        )
+    return Adapter(folder, config, sha256, tuned)
+
+
+def read_tuned(folder: Path) -> dict[str, Any] | None:
+    """tune.json; None if there is none.
+
+    Raises:
+        AdapterError: if it is damaged, or another version wrote it.
+    """
+    try:
+        return read_versioned(
+            folder / TUNED,
+            format=FORMAT,
+            version=VERSION,
+            again="tune again into another folder",
+            error=AdapterError,
+            sealed=True,
+        )
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def adapter_hash(folder: Path) -> str:
+    """sha256 over the two files that peft reads, under their names."""
+    return hash_files([folder / CONFIG, folder / WEIGHTS])
+
+
+def merge_adapter(adapter: Adapter, model: Any, name: str) -> Any:
+    """Add an adapter's low-rank products to the weights of a causal LM.
+
+    Args:
+        adapter: the adapter.
+        model: of transformers' AutoModelForCausalLM; changed in place.
+        name: what messages call it.
+
+    Returns:
+        The same model, without any trace of peft.
+
+    Raises:
+        AdapterError: if the model lacks a module of the adapter or has one of another shape, or the other way round.
+        MissingExtraError: if peft is not installed.
+    """
+    peft: Any = require_extra("peft", "tune", "Using an adapter")
+    from safetensors import safe_open
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft warns of missing weights, which end in an error below
+            wrapped = peft.PeftModel.from_pretrained(model, str(adapter.folder), torch_device="cpu")
+        with safe_open(str(adapter.folder / WEIGHTS), "pt") as file:
+            there = set(file.keys())
+    except Exception as error:  # peft and safetensors raise whatever they like
+        reason = " ".join(str(error).split())[:300]
+        raise AdapterError(f"the adapter {adapter.name} does not fit {name}: {reason}") from error
+    wanted = set(peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False))
+    for what, names in (("it lacks", wanted - there), ("nothing takes its", there - wanted)):
+        if names:
+            raise AdapterError(f"the adapter {adapter.name} does not fit {name}: {what} {min(names)}")
+    return wrapped.merge_and_unload()
+
+
+def _way_out(folder: Path) -> str:
+    return f"restore it from a copy, or delete {folder} and tune again"

@@ -1,0 +1,142 @@
+"""`relish tune`."""
+
+import json
+from pathlib import Path
+from shlex import quote
+from typing import Annotated
+
+import typer
+
+
+def tune(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of the adapter, made if it is not there.")],
+    model: Annotated[str, typer.Option("--model", help="Hub id, local folder or GGUF file of a causal LM.")],
+    method: Annotated[
+        str,
+        typer.Option("--method", help="lora: a regression head, trained with it; raft: the expected score of answers."),
+    ],
+    gguf_file: Annotated[str | None, typer.Option(help="Name of the GGUF inside that folder or repository.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that the model's repository ships.")
+    ] = False,
+    task: Annotated[
+        str | None, typer.Option("--task", help="Preset: stsb, sick, wmt-en-zh, wmt-ru-en or wmt-si-en.")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", metavar="SPLIT=FILE", help="CSV, TSV, JSONL or Parquet: train, and dev for validation."),
+    ] = None,
+    hub: Annotated[str | None, typer.Option("--hub", help="Hub id of a data set, instead of --data.")] = None,
+    hub_config: Annotated[str | None, typer.Option(help="Configuration of that data set.")] = None,
+    hub_splits: Annotated[
+        str | None, typer.Option(metavar="SPLIT,...", help="Splits to take of it; default all.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help='Template over column names: "{title}: {text}".')
+    ] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Put the prompt through the model's chat template.")
+    ] = False,
+    target_column: Annotated[str | None, typer.Option(help="Column of the gold score.")] = None,
+    id_column: Annotated[str | None, typer.Option(help="Column of the rows' ids.")] = None,
+    label_range: Annotated[
+        str | None, typer.Option(metavar="LOW,HIGH", help="Smallest and largest possible score.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Longest row in tokens; default the backbone's context.")
+    ] = None,
+    truncate: Annotated[
+        bool, typer.Option("--truncate", help="Cut longer rows at their end, the prompt's end included.")
+    ] = False,
+    rank: Annotated[int, typer.Option(help="Width of the low-rank products.")] = 8,
+    alpha: Annotated[int, typer.Option(help="They are scaled by alpha / rank.")] = 16,
+    dropout: Annotated[float, typer.Option(help="On their input, in training.")] = 0.05,
+    epochs: Annotated[int, typer.Option(help="Passes over the training rows; the best is kept.")] = 3,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate; default the method's own, 3e-4.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 16,
+    loss: Annotated[str | None, typer.Option(help="Of the method lora: huber (default) or mse.")] = None,
+    rows: Annotated[
+        int | None, typer.Option(help="Train on so many rows only, drawn at random, the same for every seed.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Draws first weights, order of rows and dropout.")] = 0,
+    compute_dtype: Annotated[
+        str, typer.Option(help="Type the backbone runs in; auto: the checkpoint's own on cuda, float32 elsewhere.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="cuda, mps, cpu or auto.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Fine-tune an LLM through a small LoRA adapter, which relish extract --adapter then merges into it.
+
+    Run the same command again after an interruption: it goes on from the last checkpoint.
+
+    Examples:
+
+    \b
+    relish tune sts-lora --model HuggingFaceTB/SmolLM2-135M-Instruct --task stsb --method lora
+    relish tune sts-raft --model ./SmolLM2.gguf --task stsb --method raft --data train=train.csv --data dev=dev.csv
+    """
+    from .live import ExtractBar
+    from .settings import parse_data, parse_label_range
+    from .tune import tune_adapter
+    from .tune_settings import TuneSettings
+
+    settings = TuneSettings(
+        model=model,
+        gguf_file=gguf_file,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        task=task,
+        data=parse_data(data or []),
+        hub=hub,
+        hub_config=hub_config,
+        hub_splits=tuple(name.strip() for name in hub_splits.split(",")) if hub_splits else (),
+        prompt=prompt,
+        chat_template=chat_template,
+        target_column=target_column,
+        id_column=id_column,
+        label_range=parse_label_range(label_range) if label_range is not None else None,
+        compute_dtype=compute_dtype,
+        device=device,
+        max_length=max_length,
+        truncate=truncate,
+        method=method,
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        epochs=epochs,
+        lr=lr,
+        batch_size=batch_size,
+        loss=loss,
+        rows=rows,
+        seed=seed,
+    )
+    with ExtractBar("tune") as bar:
+        summary = tune_adapter(adapter, settings, listener=bar)
+    if as_json:
+        figures = {
+            "adapter": str(summary.folder),
+            "method": summary.method,
+            "epochs": summary.epochs,
+            "best_epoch": summary.best_epoch,
+            "val": summary.val,
+            "train_rows": summary.train_rows,
+            "val_rows": summary.val_rows,
+            "trainable_parameters": summary.trainable_parameters,
+            "backbone_parameters": summary.backbone_parameters,
+            "seconds": summary.seconds,
+            "sha256": summary.sha256,
+            "already": summary.already,
+        }
+        typer.echo(json.dumps(figures, indent=2))
+        return
+    pearson = summary.val["pearson"]
+    typer.echo(
+        f"{adapter}: {summary.method}, {summary.trainable_parameters:,} trainable parameters "
+        f"({100 * summary.trainable_parameters / summary.backbone_parameters:.2g} % of the backbone's), "
+        f"best epoch {summary.best_epoch} of {summary.epochs}, val NRMSE {summary.val['nrmse']:.4f}, "
+        f"val Pearson {'–' if pearson is None else f'{pearson:.4f}'}, {summary.seconds:,.0f} s"
+    )
+    if summary.already:
+        typer.echo("it was finished already")
+    typer.echo(f"next: relish extract CACHE --model {quote(model)} … --adapter {quote(str(adapter))}")

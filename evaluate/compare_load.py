@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from ..cache.errors import RunError, SettingsError
-from .compare_read import Place, Source, load_report
+from .compare_read import Entry, Place, Source, load_report
 
 
 def parse_source(text: str) -> Source:
@@ -28,6 +30,9 @@ def parse_source(text: str) -> Source:
 def load_places(sources: Sequence[Source]) -> list[Place]:
     """Read reports and join those of one data set and LLM; in the order in which data sets and LLMs are first named.
 
+    Where reports of several layers hold a method, the one with the best mean validation NRMSE stands for it, and a note
+    says so: the layer is chosen for each method by itself, as its learning rate would be.
+
     Raises:
         RunError: if there is none, one cannot be read, two of one data set score different rows or labels, or two hold
             the same method.
@@ -44,7 +49,14 @@ def load_places(sources: Sequence[Source]) -> list[Place]:
     datasets = list(firsts)
     backbones = list(dict.fromkeys(place.backbone for place in places.values()))
     found = sorted(places.values(), key=lambda p: (backbones.index(p.backbone), datasets.index(p.dataset)))
-    return [replace(place, entries=sorted(place.entries, key=lambda entry: entry.method.order)) for place in found]
+    return [_finished(place) for place in found]
+
+
+def _finished(place: Place) -> Place:
+    entries = sorted(place.entries, key=lambda entry: entry.method.order)
+    chosen = [f"{e.method.label}: {e.layer} (not {', '.join(e.rejected)})" for e in entries if e.rejected]
+    notes = [f"layers chosen by validation NRMSE: {'; '.join(chosen)}"] if chosen else []
+    return replace(place, entries=entries, notes=[*dict.fromkeys(place.notes), *notes])
 
 
 def _refuse_other_rows(first: Place, other: Place) -> None:
@@ -73,16 +85,30 @@ def _refuse_other_rows(first: Place, other: Place) -> None:
 
 
 def _join(place: Place, report: Place) -> Place:
-    known = {entry.method.label for entry in place.entries}
+    entries = {entry.method.label: entry for entry in place.entries}
     for entry in report.entries:
-        if entry.method.label in known:
+        have = entries.get(entry.method.label)
+        best = entry if have is None else _better(have, entry)
+        if best is None:
             raise RunError(
                 f"{report.source} and {place.source} both hold {entry.method.label} on {place.dataset} with "
                 f"{place.backbone}; tell them apart by a third name: ,,NAME={report.source}"
             )
+        entries[entry.method.label] = best
     return replace(
         place,
-        entries=[*place.entries, *report.entries],
+        entries=list(entries.values()),
         notes=[*place.notes, *report.notes],
         backbone_parameters=place.backbone_parameters or report.backbone_parameters,
     )
+
+
+def _better(first: Entry, second: Entry) -> Entry | None:
+    """The one of two entries of a method that stands for it, or None where nothing tells which."""
+    if np.array_equal(first.predictions, second.predictions, equal_nan=True):
+        return first  # what a cache's LLM answers is in the report of each layer
+    mine, theirs = (entry.extras.get("val_nrmse") for entry in (first, second))
+    if mine is None or theirs is None or "" in (first.layer, second.layer) or first.layer == second.layer:
+        return None
+    best, other = (first, second) if mine <= theirs else (second, first)
+    return replace(best, rejected=(*first.rejected, *second.rejected, other.layer))

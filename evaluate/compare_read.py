@@ -48,6 +48,10 @@ class Entry:
     extras: dict[str, float | None]
     """For each name in EXTRAS."""
     note: str
+    layer: str
+    """Which of the backbone's layers it reads, as the report says it."""
+    rejected: tuple[str, ...] = ()
+    """Layers of other reports at which its validation figures are worse."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +115,7 @@ def load_report(source: Source) -> Place:
                         "train_seconds": _sum(_head_seconds(group), tuned["seconds"]),
                     },
                     note=group.get("note", ""),
+                    layer=str(meta.get("layer", "")),
                 )
             )
             for cell, line in zip(cells, lines, strict=True):

@@ -74,6 +74,15 @@ def test_train_step(tmp_path):
     assert "plain ÷ ours" in shown
 
 
+def test_comparison(tmp_path):
+    result, shown = run("comparison.py", tmp_path / "comparison.json")
+    methods = {method["method"] for place in result["places"] for method in place["methods"]}
+    families = {"greedy-0shot", "rail-0shot", "rail-samples-2shot", "ridge", "attention", "relish, L = 2"}
+    tuned = {"linear-last on lora", "rail-sum-0shot on raft", "relish, L = 1 on lora", "relish, L = 1 on raft"}
+    assert families | tuned <= methods
+    assert "Macro average" in shown
+
+
 def test_reading(tmp_path):
     result, shown = run("reading.py", tmp_path / "reading.json")
     assert [one["threads"] for one in result["results"]] == [1, 2]

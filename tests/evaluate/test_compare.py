@@ -152,6 +152,20 @@ def test_other_rows_under_one_name_are_refused(tmp_path, changes, message):
     assert len(load_places([Source(tmp_path / "a"), Source(tmp_path / "b", "other")])) == 2
 
 
+def test_of_several_layers_each_method_has_its_own_best_by_validation(tmp_path):
+    figures = {"15": (0.2, 0.1), "20": (0.1, 0.2), "mix": (0.2, 0.2)}
+    for place, (layer, (relish, mlp)) in enumerate(figures.items()):
+        # The test errors would choose otherwise; answers of the LLM are the same in each report.
+        errors = grid(relish1=0.9 - 0.1 * place, mlp=0.9 - 0.1 * place, rail=0.7)
+        given = {("relish", 1): relish, ("mlp", 0): mlp, ("rail", 0): None}
+        extras = {name: {"val_nrmse": value} for name, value in given.items()}
+        write_report(tmp_path / layer, errors, meta={"layer": layer}, extras=extras)
+    (place,) = load_places([Source(tmp_path / layer) for layer in figures])
+    chosen = {entry.method.label: (entry.layer, entry.rejected) for entry in place.entries}
+    assert chosen == {"relish, L = 1": ("20", ("15", "mix")), "mlp": ("15", ("20", "mix")), "rail": ("15", ())}
+    assert place.notes == ["layers chosen by validation NRMSE: mlp: 15 (not 20, mix); relish, L = 1: 20 (not 15, mix)"]
+
+
 def test_the_same_method_twice_is_refused_unless_it_is_a_variant(tmp_path):
     write_report(tmp_path / "a", grid(ridge=1.0, relish1=0.5))
     write_report(tmp_path / "b", grid(relish1=0.5))
@@ -206,7 +220,7 @@ def test_predictions_that_were_cut_off_are_refused(tmp_path, cut):
 def entry(head, depth=0, *, val=(None, None), mean=0.5):
     metrics = {name: {"mean": mean, "sd": math.nan, "ci95": (math.nan, math.nan)} for name in METRICS}
     extras = {"val_nrmse": val[0], "val_pearson": val[1], "train_seconds": None, "seconds_per_1000_rows": None}
-    return Entry(Method(head, depth), (0,), np.zeros((1, 3)), metrics, 1, extras, "")
+    return Entry(Method(head, depth), (0,), np.zeros((1, 3)), metrics, 1, extras, "", "")
 
 
 def test_validation_decides_and_never_the_test_rows():

@@ -146,7 +146,7 @@ def test_relative_paths_after_a_change_of_folder(runs, run, predict_words, tmp_p
 def test_predict_halves_its_batches_when_memory_runs_out(predict_words, room, tmp_path, run_cli):
     assert run_cli(*predict_words, tmp_path / "one-by-one.csv", "--batch-tokens", 1).exit_code == 0
     tried = room(1)
-    result = run_cli(*predict_words, tmp_path / "scores.csv")
+    result = run_cli(*predict_words, tmp_path / "scores.csv", "--batch-tokens", 4096)
     assert result.exit_code == 0, result.stderr
     assert tried == [40, 20, 10, 5, 2, *[1] * 40]
     assert (tmp_path / "scores.csv").read_bytes() == (tmp_path / "one-by-one.csv").read_bytes()
@@ -154,7 +154,7 @@ def test_predict_halves_its_batches_when_memory_runs_out(predict_words, room, tm
 
 def test_predict_names_the_length_of_a_single_row_that_does_not_fit(predict_words, room, tmp_path, run_cli):
     tried = room(0)
-    result = run_cli(*predict_words, tmp_path / "scores.csv")
+    result = run_cli(*predict_words, tmp_path / "scores.csv", "--batch-tokens", 4096)
     assert (result.exit_code, result.stdout, tried) == (2, "", [40, 20, 10, 5, 2, 1])
     assert re.fullmatch(
         r"error: out of memory on a single row of \d+ tokens; use --max-length with --truncate, a smaller "

@@ -135,7 +135,7 @@ def main() -> None:
     if given.data is None and not given.small:
         parser.error("give STS-B's train.csv, or --small")
     rows = sample(None, 16) if given.small else sample(given.data, given.sample)
-    rounds = 2 if given.small else given.rounds
+    rounds = 1 if given.small else given.rounds
     middle, depth = ((1,), 2) if given.small else ((15, 20), 30)
     sizes = (16, 64) if given.small else MEMORY_ROWS
     with tempfile.TemporaryDirectory() as scratch:

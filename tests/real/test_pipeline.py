@@ -11,7 +11,7 @@ from relish.cli import app
 
 pytestmark = pytest.mark.real
 
-SIZES = {"train": 120, "dev": 40, "test": 40}
+SIZES = {"train": 60, "dev": 20, "test": 20}
 FILES = {
     "stsb": {"train": "stsb/train.csv", "dev": "stsb/dev.csv", "test": "stsb/test.csv"},
     "sick": {"train": "sick/train.tsv", "dev": "sick/trial.tsv", "test": "sick/test.tsv"},
@@ -71,7 +71,7 @@ def test_each_of_the_papers_data_sets_goes_through_the_whole_pipeline(task, fold
 def test_the_demo_runs_to_its_report(tmp_path, monkeypatch):
     from relish.evaluate import demo
 
-    monkeypatch.setattr(demo, "SPLITS", {"train": 120, "dev": 40, "test": 40})
+    monkeypatch.setattr(demo, "SPLITS", SIZES)
     result = relish("demo", tmp_path / "demo")
     assert "relish" in result.stdout
     assert (tmp_path / "demo/report/report.html").stat().st_size > 50_000

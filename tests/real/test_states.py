@@ -16,17 +16,22 @@ from relish.extract.sources import load_texts
 pytestmark = pytest.mark.real
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_cached_states_equal_a_direct_forward_of_each_row_alone(gguf, tmp_path, dtype):
+@pytest.fixture(scope="module")
+def direct(gguf):
     from transformers import AutoModel, AutoTokenizer
 
+    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    return tokenizer, AutoModel.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_cached_states_equal_a_direct_forward_of_each_row_alone(gguf, direct, tmp_path, dtype):
     rows = [{"text": text, "score": score} for text, score in rated_tweets()[:12]]
     settings = ExtractSettings(
         model=gguf, data={"train": rows}, prompt="Tweet: {text}", label_range=(-4, 4), layers=(10, 1.0), dtype=dtype
     )
     extract_cache(tmp_path / "cache", settings)
-    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-    model = AutoModel.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32).eval()
+    tokenizer, model = direct
     for layer in (10, 30):
         split = open_cache(tmp_path / "cache").split("train", layer=layer)
         for number, row in enumerate(rows):

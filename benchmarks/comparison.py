@@ -2,12 +2,15 @@
 
     python benchmarks/comparison.py WORK --data DATA                    everything; hours per data set and backbone
     python benchmarks/comparison.py WORK --data DATA --tasks stsb --backbones smollm2
+    python benchmarks/comparison.py WORK --kept benchmarks/results/comparison --tasks ""    the tables of what is kept
     python benchmarks/comparison.py --small --out comparison.json       a tiny version that only shows that it runs
 
 DATA holds stsb/, sick/ and wmt-mlqe-pe/ with their published files. The same rows, drawn once by a fixed seed, serve
 every family of a data set: for shots, for tuning and for the heads. Each step is a `relish` command that goes on where
 it stopped, and finished steps are noted in WORK/done: the same command goes on after an interruption, and with more
-tasks it adds to what is there.
+tasks it adds to what is there. With --kept, the reports of each finished data set and backbone are packed into that
+folder, their predictions rounded to five digits, and those that are there already are not run again: the tables can be
+made from there on another machine.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
@@ -130,6 +134,38 @@ def run(step: Step, work: Path) -> None:
     print(f"{step.name}: {time.time() - started:,.0f} s", flush=True)
 
 
+def keep(reports: list[Path], target: Path) -> None:
+    """Pack report folders into one file: results.json as it is, predictions.csv with rounded predictions."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_suffix(".part")
+    with tarfile.open(part, "w:xz") as archive, tempfile.TemporaryDirectory() as room:
+        for report in reports:
+            archive.add(report / "results.json", f"{report.name}/results.json")
+            rounded = Path(room) / "predictions.csv"
+            with (
+                (report / "predictions.csv").open(encoding="utf-8", newline="") as source,
+                rounded.open("w", encoding="utf-8", newline="") as out,
+            ):
+                reader = csv.DictReader(source)
+                writer = csv.DictWriter(out, reader.fieldnames or [])
+                writer.writeheader()
+                for row in reader:
+                    writer.writerow({**row, "prediction": f"{float(row['prediction']):.5g}"})
+            archive.add(rounded, f"{report.name}/predictions.csv")
+    part.replace(target)
+
+
+def kept_reports(folder: Path, work: Path) -> list[Path]:
+    """The report folders of all that is kept, unpacked below WORK."""
+    found = []
+    for packed in sorted(folder.glob("*.tar.xz")):
+        home = work / "kept" / packed.name.removesuffix(".tar.xz")
+        with tarfile.open(packed) as archive:
+            archive.extractall(home, filter="data")
+        found += sorted(path.parent for path in home.glob("*/results.json"))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, nargs="?", help="folder for caches, adapters, runs and reports")
@@ -137,17 +173,19 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(FILES))
     parser.add_argument("--backbones", default=",".join(BACKBONES))
     parser.add_argument("--rows", default="1000,300,500", help="rows of train, val and test")
+    parser.add_argument("--kept", type=Path, help="folder for the reports of what is finished; taken from there, too")
     parser.add_argument("--small", action="store_true", help="a tiny version that only shows that it runs")
     parser.add_argument("--out", type=Path, help="write comparison.json there too")
     given = parser.parse_args()
-    if (given.data is None or given.work is None) and not given.small:
+    if (given.work is None or (given.data is None and given.tasks)) and not given.small:
         parser.error("give a folder to work in and --data, the folder of the data sets; or --small")
     work: Path = given.work or Path(tempfile.mkdtemp(prefix="comparison-"))
     plan = Plan(dict(zip(("train", "val", "test"), map(int, given.rows.split(",")), strict=True)))
-    tasks, backbones = given.tasks.split(","), {name: BACKBONES[name] for name in given.backbones.split(",")}
+    tasks = [task for task in given.tasks.split(",") if task]
+    backbones = {name: BACKBONES[name] for name in given.backbones.split(",")}
     if given.small:
         tasks, backbones, plan = ["stsb"], {"tiny": lambda: tiny_model(work / "model")}, small_plan()
-    reports = []
+    reports: list[Path] = []
     for task in tasks:
         files = {
             split: small_rows(work / "rows" / f"{split}.csv", count)
@@ -156,9 +194,19 @@ def main() -> None:
             for split, count in plan.rows.items()
         }
         for backbone, find in backbones.items():
+            target = None if given.kept is None else given.kept / f"{task}-{backbone}.tar.xz"
+            if target is not None and target.exists():
+                continue
+            own = []
             for step in steps(work, task, backbone, find(), files, plan):
                 run(step, work)
-                reports += [step.words[-1]] if step.words[0] == "evaluate" else []
+                own += [Path(step.words[-1])] if step.words[0] == "evaluate" else []
+            if target is None:
+                reports += own
+            else:
+                keep(own, target)
+    if given.kept is not None:
+        reports = kept_reports(given.kept, work)
     command = [sys.executable, "-m", "relish", "compare", *reports, "--paper", "--out", str(work / "comparison")]
     code = subprocess.run(command, check=False).returncode
     if code == 0 and given.out is not None:

@@ -75,7 +75,9 @@ def test_train_step(tmp_path):
 
 
 def test_comparison(tmp_path):
-    result, shown = run("comparison.py", tmp_path / "comparison.json")
+    # From kept reports, as the tables of RESULTS.md are made.
+    result, shown = run("comparison.py", tmp_path / "comparison.json", "--kept", tmp_path / "kept")
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["stsb-tiny.tar.xz"]
     methods = {method["method"] for place in result["places"] for method in place["methods"]}
     families = {"greedy-0shot", "rail-0shot", "rail-samples-2shot", "ridge", "attention", "relish, L = 2"}
     tuned = {"linear-last on lora", "rail-sum-0shot on raft", "relish, L = 1 on lora", "relish, L = 1 on raft"}

@@ -4,7 +4,7 @@
     python benchmarks/reading.py --small
 
 A whole training step of relish (train/reading.py's `Projected` against `Direct`) on 16 rows of T tokens, on one thread
-and on two, and what `reader_for` picks there. `_THIN` in train/reading.py is chosen by this.
+and on two, and what `reader_for` picks there. `_ROW` and `_QUERIES` in train/reading.py is chosen by this.
 """
 
 import statistics

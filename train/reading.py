@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 _CHUNK = 256  # tokens converted and projected together: they stay in the processor's cache
-_THIN = 3.0  # measured: a product of H rows, and its operand's conversion, per multiply-add of a square one
+# Measured (benchmarks/reading.py), in multiply-adds of a large product: one of a product of H rows of one example, with
+# the conversion of its operand, on each thread, for more threads make such a product no faster; one of B H rows.
+_ROW, _QUERIES = 2.0, 1.5
 
 
 class Reader(Protocol):
@@ -60,7 +62,7 @@ def reader_for(
     # Multiply-adds. Forward and backward: 2 products with the tokens for Projected; for Direct 4 with the tokens and
     # 6 with the queries. Forward alone: 1, and 2 with each.
     tokens, queries, once = (4, 6, 2) if training else (2, 2, 1)
-    direct = depth * heads * D * (_THIN * tokens * N + queries * B * d)
+    direct = depth * heads * D * (_ROW * torch.get_num_threads() * tokens * N + _QUERIES * queries * B * d)
     return (Direct if direct < once * N * D * d else Projected)(hidden, mask, weight, bias)
 
 

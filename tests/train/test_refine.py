@@ -175,6 +175,14 @@ def test_going_back_twice_gives_the_same_gradients(reader):
     assert all(map(torch.equal, torch.autograd.grad(prediction, parameters), first))
 
 
+@pytest.fixture
+def threads_after():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads_after")
 def test_long_rows_are_read_without_projecting_them():
     def chosen(T: int, depth: int, D: int = 2048, rows: int = 16, training: bool = True) -> type:
         mask = torch.ones(rows, T, dtype=torch.bool)
@@ -182,9 +190,14 @@ def test_long_rows_are_read_without_projecting_them():
         hidden = torch.zeros(1).expand(rows, T, D)
         return type(reader_for(hidden, mask, weight, bias, heads=8, depth=depth, training=training))
 
+    torch.set_num_threads(1)
     assert chosen(T=256, depth=3) is Direct
     assert chosen(T=52, depth=3) is Projected
     assert chosen(T=64, depth=1) is Direct
     assert chosen(T=128, depth=3) is Projected
     assert chosen(T=128, depth=3, training=False) is Direct
     assert chosen(T=256, depth=8) is Projected
+    torch.set_num_threads(2)  # they share a product of all tokens better than one of a row
+    assert chosen(T=256, depth=3) is Projected
+    assert chosen(T=256, depth=1) is Direct
+    assert chosen(T=512, depth=3, training=False) is Direct

@@ -4,7 +4,7 @@
     python benchmarks/reading.py --small
 
 A whole training step of relish (train/reading.py's `Projected` against `Direct`) on 16 rows of T tokens, on one thread
-and on two, and what `reader_for` picks there. `_ROW` and `_QUERIES` in train/reading.py is chosen by this.
+and on two, and what `reader_for` picks there. `_ROW` and `_QUERIES` in train/reading.py are chosen by this.
 """
 
 import statistics
@@ -24,12 +24,13 @@ def forced(name: str, D: int, T: int, depth: int, steps: int) -> Callable[[], fl
     return ours(D, T, depth, False, steps)
 
 
-def picked(D: int, T: int, depth: int) -> str:
+def picked(D: int, T: int, depth: int, threads: int) -> str:
     """What the rule picks."""
     import torch
 
     from relish.train.reading import reader_for
 
+    torch.set_num_threads(threads)
     hidden, mask = torch.zeros(16, T, D, dtype=torch.bfloat16), torch.ones(16, T, dtype=torch.bool)
     weight, bias = torch.zeros(256, D), torch.zeros(256)
     return type(reader_for(hidden, mask, weight, bias, heads=8, depth=depth, training=True)).__name__
@@ -53,7 +54,7 @@ def main() -> None:
             )
             results.append({"D": D, "T": T, "depth": depth, "threads": threads, "steps_per_round": steps})
             results[-1] |= {name: one.to_json() for name, one in figures.items()}
-            results[-1] |= {"direct_over_projected": round(ratio, 3), "picked": picked(D, T, depth)}
+            results[-1] |= {"direct_over_projected": round(ratio, 3), "picked": picked(D, T, depth, threads)}
             milliseconds = [f"{1e3 * figures[name].median / steps:.1f}" for name in ("Projected", "Direct")]
             rows.append([D, T, depth, threads, *milliseconds, f"{ratio:.2f}", results[-1]["picked"]])
             print(*rows[-1], flush=True)

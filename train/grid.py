@@ -39,8 +39,8 @@ def train_heads(
     """Train every cell of a grid; cells that are there already are kept.
 
     On the CPU several cells are trained at once, each in a process of its own (`TrainSettings.workers`). The processes
-    share the disk's cache of the shards and what is computed once: which rows there are and the moments of the hidden
-    states. Each has its own interpreter, head, optimiser and batches.
+    share the system's cache of the shards and what is computed once: the moments of the hidden states. Each opens the
+    cache, and has its own interpreter, head, optimiser and batches.
 
     On the CPU, with the same number of threads, a cell's weights are the same bit for bit whether it is trained alone
     or in any grid, here or in any number of processes: each cell draws from a generator of its own, and cells share

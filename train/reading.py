@@ -11,7 +11,8 @@ A reader takes k (B, H, d) to the mixtures Σ_t a_t c_t (B, H, d), and back. The
 
     score_t = (Wᵀ k_h) · h_t + const,     Σ_t a_t c_t = W (Σ_t a_t h_t) + b
 
-Its products per step grow with the number of queries instead of the number of tokens, so it wins on long rows.
+Its products per step grow with the number of queries instead of the number of tokens, so it wins on long rows where steps
+and threads are few.
 """
 
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from torch import Tensor
 
 _CHUNK = 256  # tokens converted and projected together: they stay in the processor's cache
 # Measured (benchmarks/reading.py), in multiply-adds of a large product: one of a product of H rows of one example, with
-# the conversion of its operand, on each thread, for more threads make such a product no faster; one of B H rows.
+# the conversion of its operand, for each thread, since a second one made it no faster; one of B H rows.
 _ROW, _QUERIES = 2.0, 1.5
 
 

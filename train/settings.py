@@ -85,7 +85,7 @@ class TrainSettings:
     workers: int | None = None
     """Processes that train cells at once; 1 trains in the calling process. None: on the CPU as many as there are cores
     for, at most one per cell, and fewer when there are too few steps to be worth a start of seconds; on cuda and mps 1.
-    Each takes 400 to 500 MB at D = 576."""
+    Each takes some 550 MB at D = 576."""
     threads: int | None = None
     """CPU threads of each process; None for torch's choice, divided by the processes that the grid takes. The same
     number gives the same weights."""

@@ -183,7 +183,7 @@ def threads_after():
 
 
 @pytest.mark.usefixtures("threads_after")
-def test_long_rows_are_read_without_projecting_them():
+def test_long_rows_are_not_projected_where_steps_and_threads_are_few():
     def chosen(T: int, depth: int, D: int = 2048, rows: int = 16, training: bool = True) -> type:
         mask = torch.ones(rows, T, dtype=torch.bool)
         weight, bias = torch.zeros(256, D), torch.zeros(256)

@@ -11,8 +11,8 @@ A reader takes k (B, H, d) to the mixtures Σ_t a_t c_t (B, H, d), and back. The
 
     score_t = (Wᵀ k_h) · h_t + const,     Σ_t a_t c_t = W (Σ_t a_t h_t) + b
 
-Its products per step grow with the number of queries instead of the number of tokens, so it wins on long rows where steps
-and threads are few.
+Its products per step grow with the number of queries instead of the number of tokens, so it wins on long rows
+where steps and threads are few.
 """
 
 from collections.abc import Iterator

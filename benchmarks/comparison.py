@@ -9,8 +9,7 @@ DATA holds stsb/, sick/ and wmt-mlqe-pe/ with their published files. The same ro
 every family of a data set: for shots, for tuning and for the heads. Each step is a `relish` command that goes on where
 it stopped, and finished steps are noted in WORK/done: the same command goes on after an interruption, and with more
 tasks it adds to what is there. With --kept, the reports of each finished data set and backbone are packed into that
-folder, their predictions rounded to five digits, and those that are there already are not run again: the tables can be
-made from there on another machine.
+folder, and those that are there already are not run again: the tables can be made from there on another machine.
 """
 
 import argparse
@@ -135,23 +134,13 @@ def run(step: Step, work: Path) -> None:
 
 
 def keep(reports: list[Path], target: Path) -> None:
-    """Pack report folders into one file: results.json as it is, predictions.csv with rounded predictions."""
+    """Pack what a comparison reads of report folders into one file."""
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_suffix(".part")
-    with tarfile.open(part, "w:xz") as archive, tempfile.TemporaryDirectory() as room:
+    with tarfile.open(part, "w:xz") as archive:
         for report in reports:
-            archive.add(report / "results.json", f"{report.name}/results.json")
-            rounded = Path(room) / "predictions.csv"
-            with (
-                (report / "predictions.csv").open(encoding="utf-8", newline="") as source,
-                rounded.open("w", encoding="utf-8", newline="") as out,
-            ):
-                reader = csv.DictReader(source)
-                writer = csv.DictWriter(out, reader.fieldnames or [])
-                writer.writeheader()
-                for row in reader:
-                    writer.writerow({**row, "prediction": f"{float(row['prediction']):.5g}"})
-            archive.add(rounded, f"{report.name}/predictions.csv")
+            for name in ("results.json", "predictions.csv"):
+                archive.add(report / name, f"{report.name}/{name}")
     part.replace(target)
 
 

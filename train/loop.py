@@ -5,17 +5,20 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .adamw import AdamW
-from .data import Rows, TrainBatch, read_ahead, shuffled_batches
+from .data import Rows, read_ahead, shuffled_batches
 from .heads import Head
 from .metrics import score
 from .mix import MixedHead
+from .recorded import RecordedSteps
 from .settings import MIX_LEARNING_RATE, TrainSettings
+from .step import take_step
 
 _LARGEST = 1e30  # mean or deviation of a hidden state: float32 ends at 3e38, and 1 / 1e38 is no longer exact
 _CHECK = 32  # steps between looks at the loss; on a GPU each look waits for the device
@@ -84,6 +87,8 @@ def train_head(
     optimizer = AdamW(head, weight_decay=settings.weight_decay, faster=faster)
     factor = _warmup_cosine(steps, settings.warmup)
     loss_of = nn.HuberLoss() if settings.loss == "huber" else nn.MSELoss()
+    on_gpu = device.type == "cuda"
+    step = RecordedSteps(head, optimizer, loss_of) if on_gpu else partial(take_step, head, optimizer, loss_of)
     history: list[EpochRecord] = []
     best, best_state = math.inf, copy.deepcopy(head.state_dict())
     done = 0
@@ -91,8 +96,8 @@ def train_head(
         started = time.perf_counter()
         head.train()
         losses: list[Tensor] = []
-        for batch in read_ahead(train, shuffled_batches(train, settings.batch_size, generator)):
-            losses.append(take_step(head, optimizer, loss_of, batch, lr=lr * factor(done)))
+        for batch in read_ahead(train, shuffled_batches(train, settings.batch_size, generator), pinned=on_gpu):
+            losses.append(step(batch, lr=lr * factor(done)))
             done += 1
             on_step(done)
             if done % _CHECK == 0 and not torch.stack(losses[-_CHECK:]).isfinite().all():
@@ -114,19 +119,6 @@ def train_head(
     return history
 
 
-def take_step(head: Head, optimizer: AdamW, loss_of: nn.Module, batch: TrainBatch, *, lr: float) -> Tensor:
-    """One step on one batch; gives its loss, a scalar () on the device of the head, which nobody waits for."""
-    scale = head.target_scale
-    device = scale.mean.device
-    prediction = head(batch.hidden.to(device), batch.mask.to(device))
-    loss = loss_of(scale.standardise(prediction), scale.standardise(batch.target.to(device)))
-    optimizer.zero_grad()
-    loss.backward()
-    _clip(head)
-    optimizer.step(lr=lr)
-    return loss.detach()
-
-
 def best_epoch(history: list[EpochRecord]) -> int:
     """The first epoch with the lowest validation NRMSE."""
     return min(history, key=lambda record: record.val_nrmse).epoch
@@ -136,20 +128,14 @@ def best_epoch(history: list[EpochRecord]) -> int:
 def predict_rows(head: Head, rows: Rows, device: torch.device) -> np.ndarray:
     """Predictions (N,) float64 in the order of `rows`, in the unit of the labels."""
     head.eval()
-    predictions = np.empty(len(rows))
     batches = rows.batches()
-    for batch, (hidden, mask, _) in zip(batches, read_ahead(rows, batches), strict=True):
-        predictions[batch] = head(hidden.to(device), mask.to(device)).cpu().double().numpy()  # mps has no float64
+    found: list[Tensor] = []
+    for hidden, mask, _ in read_ahead(rows, batches, pinned=device.type == "cuda"):
+        found.append(head(hidden.to(device, non_blocking=True), mask.to(device, non_blocking=True)))
+    predictions = np.empty(len(rows))
+    for batch, values in zip(batches, found, strict=True):  # not before: each look would wait for the device
+        predictions[batch] = values.cpu().double().numpy()  # mps has no float64
     return predictions
-
-
-def _clip(head: nn.Module) -> None:
-    """Scale the gradients down to a norm of 1, if it is more."""
-    parameters = list(head.parameters())
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    # On the CPU a look at the norm costs nothing, and most steps spare a pass over all gradients by it.
-    if norm.device.type != "cpu" or not norm <= 1.0:
-        nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
 
 
 def _warmup_cosine(steps: int, warmup: float) -> Callable[[int], float]:

@@ -70,7 +70,7 @@ import torch
 from relish.train.adamw import AdamW
 from relish.train.data import TrainBatch
 from relish.train.head import RelishHead
-from relish.train.loop import take_step
+from relish.train.step import take_step
 head = RelishHead(hidden_size=8, depth=2, latent_size=8, num_heads=2)
 batch = TrainBatch(torch.randn(2, 3, 8), torch.ones(2, 3, dtype=torch.bool), torch.randn(2))
 take_step(head, AdamW(head, weight_decay=1.0), torch.nn.HuberLoss(), batch, lr=1e-3)

@@ -25,4 +25,4 @@ def test_a_constant_feature_does_no_harm(constant):
     sums = Moments.of([(x, 2 * x[:, 0])], 2)
     weights, intercept = solve_ridge(sums, (1e-9,))[0]
     np.testing.assert_allclose(x @ weights + intercept, 2 * x[:, 0], atol=1e-6)
-    assert abs(weights[1]) < 1e-6
+    assert abs(weights[1]) < 1e-5  # of 2: rounding, which differs between processors

@@ -22,14 +22,13 @@ CLOSED_FORM = ("ridge", "ridge-mean")
 LOSSES = ("huber", "mse")
 LEARNING_RATES = {
     "relish": 3e-4,
-    "linear": 1e-2,
-    "linear-last": 1e-2,
+    "linear": 3e-3,
+    "linear-last": 3e-3,
     "mlp": 1e-4,
     "mlp-last": 1e-4,
     "attention": 1e-2,
 }
-"""Each head's own. relish, linear and mlp: best on the validation splits of STS-B and SICK (benchmarks/recipe-log.md);
-the others have that of the head they are closest to."""
+"""Each head's own, by the validation splits of STS-B and SICK (benchmarks/recipe-log.md)."""
 
 MIX: Final = "mix"
 """In place of a layer's index: a mix of all layers of the cache, learned with the head (train/mix.py)."""

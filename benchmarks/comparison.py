@@ -45,11 +45,7 @@ FILES = {
     },
 }
 BACKBONES = {"smollm2": smollm2_folder, "gemma3": gemma3_folder}
-HEADS = {
-    "linear,linear-last,attention,ridge,ridge-mean,relish": (),
-    "mlp,mlp-last": ("--lr", "3e-5"),
-}
-"""Heads, and the rate that was best on so few rows where it is not their default (recipe-log.md)."""
+HEADS = "linear,linear-last,mlp,mlp-last,attention,ridge,ridge-mean,relish"
 METHODS = ("lora", "raft")
 MSE = "mse-report"
 SEARCHED = "stsb"
@@ -79,15 +75,18 @@ class Plan:
     """Of the fine-tuned ones: the layer that they were tuned through."""
     shots: str = "0,128"
     depths: str = "1-5"
+    tuned_depths: str = "1,3,5"
     seeds: str = "0-2"
     loss_depth: str = "3"
     """Where squared error is compared with Huber, at the middle one of the layers."""
     rates: tuple[str, ...] = ("1e-4", "3e-4", "1e-3")
     """Learning rates that each method of tuning has to choose from, once for each LLM, by the validation rows of one
     data set: as many as each head had (recipe-log.md)."""
-    tune: tuple[str, ...] = ("--epochs", "5")
+    search: tuple[str, ...] = ("--rows", "1000", "--batch-size", "32")
+    """More options of `relish tune` in that choice."""
+    tune: tuple[str, ...] = ("--batch-size", "32")
     """More options of `relish tune`."""
-    train: tuple[str, ...] = ("--epochs", "15")
+    train: tuple[str, ...] = ()
     """More options of `relish train`."""
 
 
@@ -126,14 +125,12 @@ def steps(
         yield Step(f"{tag}-extract-{name}", words, (f"{tag}-tune-{name}",) if tuned else ())
         for layer in resolved(model, layers):
             runs, report, own = home / f"{name}-{layer}-runs", home / f"{name}-{layer}-report", f"{name}-{layer}"
-            grid = ["--depths", plan.depths, "--seeds", plan.seeds, "--layer", layer, *plan.train]
-            before = f"{tag}-extract-{name}"
-            for number, (heads, options) in enumerate(HEADS.items()):
-                able = heads if layer != "mix" else heads.replace("ridge,ridge-mean,", "")
-                words = ["train", str(cache), "--out", str(runs), "--head", able, *options, *grid]
-                yield Step(f"{tag}-train-{own}-{number}", words, (before,))
-                before = f"{tag}-train-{own}-{number}"  # one at a time writes into a folder
-            yield Step(f"{tag}-evaluate-{own}", ["evaluate", str(runs), "--out", str(report)], (before,))
+            heads = HEADS if layer != "mix" else HEADS.replace("ridge,ridge-mean,", "")
+            words = ["train", str(cache), "--out", str(runs), "--head", heads, "--layer", layer, "--seeds", plan.seeds]
+            words += ["--depths", plan.tuned_depths if tuned else plan.depths, *plan.train]
+            yield Step(f"{tag}-train-{own}", words, (f"{tag}-extract-{name}",))
+            words = ["evaluate", str(runs), "--out", str(report)]
+            yield Step(f"{tag}-evaluate-{own}", words, (f"{tag}-train-{own}",))
     single = [layer for layer in resolved(model, plan.layers) if layer != "mix"]
     runs, report, layer = home / "mse-runs", home / MSE, single[len(single) // 2]
     grid = ["--head", "relish", "--depths", plan.loss_depth, "--seeds", plan.seeds, "--layer", layer, "--loss", "mse"]
@@ -156,6 +153,7 @@ class Search:
     backbone: str
     source: list[str]
     rates: tuple[str, ...]
+    more: tuple[str, ...]
     noted: Path
     """Validation NRMSE by method and rate, once they are known."""
 
@@ -166,7 +164,16 @@ class Search:
         return [
             Step(
                 f"{self.backbone}-search-{method}-{rate}",
-                ["tune", str(self._folder(method, rate)), *self.source, "--method", method, "--lr", rate],
+                [
+                    "tune",
+                    str(self._folder(method, rate)),
+                    *self.source,
+                    "--method",
+                    method,
+                    "--lr",
+                    rate,
+                    *self.more,
+                ],
             )
             for method in METHODS
             for rate in self.rates
@@ -273,7 +280,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of the data sets; not needed with --small")
     parser.add_argument("--tasks", default=",".join(FILES))
     parser.add_argument("--backbones", default=",".join(BACKBONES))
-    parser.add_argument("--rows", default="1000,300,500", help="rows of train, val and test")
+    parser.add_argument("--rows", default="5000,500,1000", help="rows of train, val and test")
     parser.add_argument("--kept", type=Path, help="folder for the reports of what is finished; taken from there, too")
     parser.add_argument(
         "--jobs", type=int, default=1, help="commands at once; on a GPU one leaves it idle for the most"
@@ -309,7 +316,7 @@ def main() -> None:
                 continue
             model, home = find(), work / "search" / backbone
             source = sourced(model, SEARCHED, drawn(SEARCHED))
-            search = Search(home, backbone, source, plan.rates, kept / f"rates-{backbone}.json")
+            search = Search(home, backbone, source, plan.rates, plan.search, kept / f"rates-{backbone}.json")
             searches += [step for step in search.steps() if step not in searches]
             cells[target] = list(steps(work, task, backbone, model, drawn(task), plan, search))
     left = {target: {step.name for step in own} for target, own in cells.items()}
@@ -333,9 +340,11 @@ def small_plan() -> Plan:
         layers="last",
         shots="0,2",
         depths="1-2",
+        tuned_depths="1",
         seeds="0",
         loss_depth="1",
         rates=("3e-4",),
+        search=(),
         tune=("--epochs", "1"),
         train=("--epochs", "1", "--latent-size", "8", "--num-heads", "2"),
     )

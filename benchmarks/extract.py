@@ -1,6 +1,7 @@
 """How fast `relish extract` is beside other ways to get hidden states, and beside the bare forward pass.
 
     python benchmarks/extract.py ../shared/data/stsb/train.csv --out extract.json
+    python benchmarks/extract.py ../shared/data/stsb/train.csv --sample 256 --floor --out extract_floor.json
     python benchmarks/extract.py --small
 
 SmolLM2-135M-Instruct in float32 on the CPU, last layer, rows of STS-B's training split with the preset's prompt. Each
@@ -115,9 +116,9 @@ def memory(model: Path, rows: list[Row], home: Path, sizes: tuple[int, ...]) -> 
 
 def rivals_of(model: Path, rows: list[Row], middle: tuple[int, ...], shape: int | None, home: Path) -> Iterator[Rival]:
     yield Rival("relish", relish, (model, rows, 1.0, home))
+    yield Rival("floor", floor, (model, rows, shape))
     for layer in middle:
         yield Rival(f"relish, layer {layer}", relish, (model, rows, layer, home))
-    yield Rival("floor", floor, (model, rows, shape))
     yield Rival(f"padded to {MAX_LENGTH}", padded, (model, rows, "max_length"))
     yield Rival("padded to the longest", padded, (model, rows, "longest"))
     if find_spec("sentence_transformers") is not None:
@@ -131,6 +132,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("data", nargs="?", type=Path, help="STS-B's train.csv; not needed with --small")
     parser.add_argument("--sample", type=int, default=96, help="rows of the sample")
+    parser.add_argument("--floor", action="store_true", help="only relish and the floor, which need more rows to part")
     given = parser.parse_args()
     if given.data is None and not given.small:
         parser.error("give STS-B's train.csv, or --small")
@@ -138,14 +140,17 @@ def main() -> None:
     rounds = 1 if given.small else given.rounds
     middle, depth = ((1,), 2) if given.small else ((15, 20), 30)
     sizes = (16, 64) if given.small else MEMORY_ROWS
+    if given.floor:
+        middle, sizes = (), ()
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch)
         (built,) = race([Rival("models", models, (home, given.small))], rounds=1, warm_up=0).values()
         model, wide = built.value
         (shapes,) = race([Rival("shapes", all_shapes, (model, rows[::2], 2))], rounds=1, warm_up=0).values()
         shape = min(SHAPES, key=lambda one: min(shapes.value[one]))
-        figures = race(list(rivals_of(model, rows, middle, shape, home)), rounds=rounds, warm_up=0)
-        peaks = memory(wide, rows, home, sizes)
+        rivals = list(rivals_of(model, rows, middle, shape, home))
+        figures = race(rivals[:2] if given.floor else rivals, rounds=rounds, warm_up=0)
+        peaks = memory(wide, rows, home, sizes) if sizes else {}
     ours = figures["relish"]
     tokens = {one.value["tokens"] for one in figures.values()}
     assert len(tokens) == 1, f"the rivals read different texts: {tokens} tokens"

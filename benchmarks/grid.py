@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 from caches import cut_cache, random_cache
-from measure import HERE, peak_mb, save, table
+from measure import HERE, cpu_seconds, peak_mb, save, table
 
 from relish.train.settings import TrainSettings, parse_range
 
@@ -37,9 +37,10 @@ def ours(cache: Path, runs: Path, given: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, "-m", "relish", "train", cache, "--out", runs, "--epochs", given.epochs, "--json"]
     command += ["--depths", given.depths, "--seeds", given.seeds, "--device", "cpu"]
     command += [] if given.layer is None else ["--layer", given.layer]
-    wall, said = timed(command)
+    wall, cpu, said = timed(command)
     return {
         "wall_s": wall,
+        "cpu_s": cpu,
         # Of this process's children and theirs: none of the rival's is there yet.
         "largest_process_mb": round(peak_mb(resource.RUSAGE_CHILDREN)),
         "cells": [
@@ -65,11 +66,13 @@ def rival(cache: Path, folder: Path, given: argparse.Namespace, mine: list[dict[
             command = [sys.executable, HERE / "rival_cell.py", cache, "--depth", depth, "--seed", seed]
             command += ["--epochs", given.epochs, *([] if given.layer is None else ["--layer", given.layer])]
             command += ["--out", folder / f"L{depth}-seed{seed}.pt"] if given.full else ["--sample", SAMPLE]
-            wall, said = timed(command)
+            wall, cpu, said = timed(command)
             if not given.full:
                 epochs = statistics.mean(cell["epochs"] for cell in mine if cell["depth"] == depth)
                 wall += epochs * said["epoch_s"] - said["sampled_s"]
-            cells.append({"depth": depth, "seed": seed, "wall_s": wall, **said})
+            cells.append(
+                {"depth": depth, "seed": seed, "wall_s": wall, **({"cpu_s": cpu} if given.full else {}), **said}
+            )
             print(f"rival L{depth} seed{seed}: {wall:.1f} s{'' if given.full else ' (extrapolated)'}", file=sys.stderr)
     share = 1 if given.full else len(seeds)
     return {
@@ -79,12 +82,12 @@ def rival(cache: Path, folder: Path, given: argparse.Namespace, mine: list[dict[
     }
 
 
-def timed(command: list[Any]) -> tuple[float, dict[str, Any]]:
-    """Wall time of a process, with torch's own number of threads, and the JSON that it printed."""
+def timed(command: list[Any]) -> tuple[float, float, dict[str, Any]]:
+    """Wall and CPU seconds of a process and its children, with torch's own threads, and the JSON that it printed."""
     free = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    started = time.perf_counter()
+    before, started = cpu_seconds(), time.perf_counter()
     done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, check=True, env=free)
-    return time.perf_counter() - started, json.loads(done.stdout)
+    return time.perf_counter() - started, cpu_seconds() - before, json.loads(done.stdout)
 
 
 def spread(cells: list[dict[str, Any]], depth: int, name: str) -> str:

@@ -118,15 +118,15 @@ def _serve(pipe: Any, rival: Rival) -> None:
         work = rival.setup(*rival.args)
         pipe.send("ready")
         while pipe.recv() == "go":
-            before, started = _cpu(), time.perf_counter()
+            before, started = cpu_seconds(), time.perf_counter()
             value = work()
-            wall, cpu = time.perf_counter() - started, _cpu() - before
+            wall, cpu = time.perf_counter() - started, cpu_seconds() - before
             pipe.send((wall, cpu, peak_mb(), value))
     except Exception as error:  # `race` raises it, with the rival's name
         pipe.send(error)
 
 
-def _cpu() -> float:
+def cpu_seconds() -> float:
     """CPU seconds of this process and of its finished children."""
     own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime

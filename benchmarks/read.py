@@ -3,7 +3,7 @@
     python benchmarks/read.py --work /var/tmp/relish-read --out read.json
     python benchmarks/read.py --small
 
---work keeps what is written (five forms of at least 2 GB each) for the next time. Rows are random, 2048 wide in
+--work keeps what is written (five forms of at least 2 GB each, and caches of up to three times that) for the next time. Rows are random, 2048 wide in
 bfloat16, their lengths like those of STS-B with the preset's prompt. Every form reads the same batches of 32 and gives
 the same padded tensor and mask, which is checked. Warm: all is in the system's page cache. Cold: before each round the
 files are closed and the system is asked to forget their pages (posix_fadvise DONTNEED); what disk or hypervisor
@@ -234,6 +234,7 @@ def compare(found: dict[str, Figures], tokens: int, width: int, count: int) -> l
             "of_preadv_batch": ratio(name, FLOOR_BATCH),
             "batch_ms": round(statistics.median(seconds[name]) / count * 1e3, 3),
             "rounds_s": [round(value, 5) for value in seconds[name]],
+            "cpu_s": round(statistics.median(found[name].cpu[-rounds:]), 5),
             "peak_mb": round(found[name].peak_mb),
         }
         for name in found
@@ -261,13 +262,13 @@ def main() -> None:
     for how, count in (("warm", 100), ("cold", 20)):
         count = 5 if given.small else count
         rivals = [Rival(name, reading, (str(work), tokens, width, name, count, how == "cold")) for name in names]
-        lines = compare(race(rivals, rounds=rounds if how == "warm" else min(rounds, 3)), tokens, width, count)
+        lines = compare(race(rivals, rounds=rounds), tokens, width, count)
         header = (f"{how}, {count} batches", "GB/s", "of preadv", "of preadv with batch", "ms a batch")
         keys = ("form", "gb_s", "of_preadv", "of_preadv_batch", "batch_ms")
         print(table(header, [[line[key] for key in keys] for line in lines]) + "\n")
         result[how] = lines
 
-    sizes = [tokens // 100, tokens // 4, tokens]
+    sizes = [tokens // 100, tokens // 4, tokens, *([] if given.small else [3 * tokens])]
     lines = time_to_first_batch(work, sizes, width, 3 if given.small else 11)
     header = ("GB", "rows", "shards", "first batch, warm", "its CPU time", "cold")
     keys = ("warm_s", "warm_cpu_s", "cold_s")

@@ -19,7 +19,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from measure import Rival, arguments, race, save, table
+from measure import Rival, arguments, cpu_seconds, race, save, table
 from passes import extracted, models
 from texts import sample
 
@@ -54,6 +54,8 @@ class Command:
     goal: float | None = None
     """Seconds it may take."""
     seconds: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    """Seconds, of its own children too."""
     stages: dict[str, list[float]] = field(default_factory=dict)
     """Seconds from its start to what it notes."""
 
@@ -62,7 +64,7 @@ class Command:
         return statistics.median(self.seconds)
 
     def run(self, count: bool) -> None:
-        began = time.time()
+        began, before = time.time(), cpu_seconds()
         process = subprocess.Popen(self.words, stdout=subprocess.PIPE, text=True, start_new_session=True)
         said, _ = process.communicate()
         seconds = time.time() - began
@@ -74,6 +76,7 @@ class Command:
             raise RuntimeError(f"{' '.join(self.words)} ended with {process.returncode}")
         if count:
             self.seconds.append(stages.get("step", seconds))
+            self.cpu.append(cpu_seconds() - before)
             for what, moment in stages.items():
                 self.stages.setdefault(what, []).append(moment)
 
@@ -139,7 +142,12 @@ def main() -> None:
             "rounds": rounds,
             "small": given.small,
             "commands": {
-                name: {"median_s": one.median, "goal_s": one.goal, "rounds_s": one.seconds}
+                name: {
+                    "median_s": one.median,
+                    "goal_s": one.goal,
+                    "cpu_s": statistics.median(one.cpu),
+                    "rounds_s": one.seconds,
+                }
                 for name, one in timed.items()
             },
             "first_step_stages_s": stages,

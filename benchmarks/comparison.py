@@ -29,8 +29,10 @@ from dataclasses import dataclass
 from functools import partial
 from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import Any
 
 from backbones import gemma3_folder, smollm2_folder, tiny_model
+from measure import table
 
 FILES = {
     "stsb": {"train": "stsb/train.csv", "val": "stsb/dev.csv", "test": "stsb/test.csv"},
@@ -274,6 +276,36 @@ def kept_reports(folder: Path, work: Path) -> list[Path]:
     return found
 
 
+def recipe_tables(unpacked: Path) -> str:
+    """Markdown: the heads at each layer of the frozen LLM, and RELISH by either loss."""
+    layers, losses = [], []
+    for home in sorted(path for path in unpacked.iterdir() if path.is_dir()):
+        reports = {path.parent.name: json.loads(path.read_text()) for path in sorted(home.glob("*/results.json"))}
+        loss = reports[MSE]
+        squared = next(group for group in loss["groups"] if group["head"] == "relish")
+        depth = squared["depth"]
+        for name, report in reports.items():
+            if not name.startswith("frozen-"):
+                continue
+            heads = {group["head"]: group for group in report["groups"] if group["depth"] in (0, depth)}
+            layers.append(
+                [home.name, report["meta"]["layer"], *(_figures(heads.get(head)) for head in HEADS.split(","))]
+            )
+            if report["meta"]["layer"] == loss["meta"]["layer"]:
+                losses.append([home.name, _figures(heads["relish"]), _figures(squared)])
+    return (
+        f"Validation / test NRMSE × 100, relish at L = {depth}:\n\n"
+        f"{table(['', 'layer', *HEADS.split(',')], layers)}\n\n{table(['', 'Huber', 'squared error'], losses)}\n"
+    )
+
+
+def _figures(group: dict[str, Any] | None) -> str:
+    if group is None:
+        return "–"
+    test, sd = 100 * group["nrmse"]["mean"], 100 * (group["nrmse"]["sd"] or 0)
+    return f"{100 * group['val_nrmse']:.1f} / {test:.1f}" + (f" ± {sd:.1f}" if group["seeds"] > 1 else "")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, nargs="?", help="folder for caches, adapters, runs and reports")
@@ -326,8 +358,12 @@ def main() -> None:
             if not names and not target.exists():
                 keep([Path(one.words[-1]) for one in cells[target] if one.words[0] == "evaluate"], target)
     reports = kept_reports(kept, work)
+    recipe = recipe_tables(work / "unpacked")
     command = [sys.executable, "-m", "relish", "compare", *reports, "--paper", "--out", str(work / "comparison")]
     code = subprocess.run(command, check=False).returncode
+    if code == 0:
+        print(recipe)
+        (work / "comparison" / "recipe.md").write_text(recipe, encoding="utf-8")
     if code == 0 and given.out is not None:
         shutil.copy(work / "comparison" / "comparison.json", given.out)
     sys.exit(code)

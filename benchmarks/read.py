@@ -3,12 +3,12 @@
     python benchmarks/read.py --work /var/tmp/relish-read --out read.json
     python benchmarks/read.py --small
 
---work keeps what is written (five forms of at least 2 GB each, and caches of up to three times that) for the next time. Rows are random, 2048 wide in
-bfloat16, their lengths like those of STS-B with the preset's prompt. Every form reads the same batches of 32 and gives
-the same padded tensor and mask, which is checked. Warm: all is in the system's page cache. Cold: before each round the
-files are closed and the system is asked to forget their pages (posix_fadvise DONTNEED); what disk or hypervisor
-remember, they remember. Opening is not timed, but for the first batch: from `open_cache` on, in a fresh process after
-its imports.
+--work keeps what is written (five forms of at least 2 GB each, and caches of up to three times that) for the next
+time. Rows are random, 2048 wide in bfloat16, their lengths like those of STS-B with the preset's prompt. Every form
+reads the same batches of 32 and gives the same padded tensor and mask, which is checked. Warm: all is in the system's
+page cache. Cold: before each round the files are closed and the system is asked to forget their pages (posix_fadvise
+DONTNEED); what disk or hypervisor remember, they remember. Opening is not timed, but for the first batch: from
+`open_cache` on, in a fresh process after its imports.
 """
 
 import multiprocessing

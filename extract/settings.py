@@ -85,8 +85,8 @@ class ExtractSettings(TextSettings):
     dtype: str = "bfloat16"
     """Storage type: bfloat16, float16 or float32."""
     batch_tokens: int | None = None
-    """Token slots per forward pass, padding included; None for 16,384 on a GPU, and 256 per thread, from 512
-    to 4,096, on the CPU."""
+    """Token slots per forward pass, padding included; None for 16,384 on a GPU, and 512 per thread, up to 4,096, on the
+    CPU."""
     shard_rows: int = 4096
     """Most rows in a shard. A shard is also the most work that an interruption can cost."""
     on_nonfinite: str = "error"

@@ -2,6 +2,7 @@ import threading
 import time
 import weakref
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ import torch
 from relish.cache.dtypes import storage_dtype
 from relish.cache.errors import DataError
 from relish.cache.shard import HiddenLayout
-from relish.extract.sink import ShardSink, SinkShard
+from relish.extract.sink import ShardSink, SinkShard, _all_finite
 
+TASKS = Path("/proc/self/task")
 LENGTHS = [4, 3, 3, 1]
 NAMES = [f"row {number} of train (id 'r{number}')" for number in range(4)]
 
@@ -286,3 +288,35 @@ def test_draining_after_an_error_tells_it():
     with pytest.raises(OSError, match="full"):
         put_and_drain()
     assert alive() == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_half_is_known_as_finite_or_not(dtype):
+    everything = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+    finite = everything.isfinite()
+    assert _all_finite(everything[finite][None])
+    assert not any(_all_finite(value) for value in everything[~finite].split(1))
+
+
+def test_a_float_is_known_as_finite_or_not():
+    assert _all_finite(torch.tensor([[0.0, -3.4e38, 1e-45]]))
+    for value in (float("nan"), float("inf"), float("-inf")):
+        assert not _all_finite(torch.tensor([[0.0, value]]))
+
+
+@pytest.mark.skipif(not TASKS.is_dir(), reason="threads are counted as Linux shows them")
+def test_the_check_takes_no_threads_from_the_forward_pass():
+    """torch would start some for a row of this size, and they would wait for more in the backbone's way."""
+    row = torch.zeros(2, 400, 512, dtype=torch.bfloat16)
+    found = []
+
+    def check():
+        before = sum(1 for _ in TASKS.iterdir())
+        for _ in range(20):
+            assert _all_finite(row)
+        found.append(sum(1 for _ in TASKS.iterdir()) - before)
+
+    thread = threading.Thread(target=check)
+    thread.start()
+    thread.join()
+    assert found == [0]

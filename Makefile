@@ -14,7 +14,7 @@ demo: .venv/installed  ## the whole pipeline on a small real LLM and real data
 	$(BIN)/relish demo
 
 test: .venv/installed  ## all tests, those with the real LLM too
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
 
 check: .venv/installed  ## lint, format, types and tests
 	$(BIN)/ruff check .

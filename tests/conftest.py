@@ -10,6 +10,10 @@ from typing import Any
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Several processes of tests, each of which starts more: threads of all of these would only wait for cores.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 GOOD = ("warm", "clever", "bright", "moving", "fresh")
 BAD = ("dull", "clumsy", "bleak", "noisy", "stale")
 

@@ -1,6 +1,7 @@
 """The benchmarks run: each in its smallest form, as a process."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 def run(name: str, out: Path, *more: str) -> tuple[dict, str]:
     command = [sys.executable, BENCHMARKS / name, "--small", "--out", out, *more]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    single = {**os.environ, "OMP_NUM_THREADS": "1"}  # many processes at once, of which none has much to do
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, env=single)
     assert done.returncode == 0, done.stderr
     return json.loads(out.read_text(encoding="utf-8")), done.stdout
 
@@ -83,6 +85,13 @@ def test_comparison(tmp_path):
     tuned = {"linear-last on lora", "rail-sum-0shot on raft", "relish, L = 1 on lora", "relish, L = 1 on raft"}
     assert families | tuned <= methods
     assert "Macro average" in shown
+
+
+def test_profile_stages(tmp_path):
+    result, shown = run("profile_stages.py", tmp_path / "profile.json")
+    assert [sum(one["shares"].values()) for one in result["stages"]] == pytest.approx([1, 1])
+    assert all(one["arithmetic_s"] > 0 and one["bytes_s"] > 0 for one in result["stages"])
+    assert "where it goes" in shown
 
 
 def test_gpu(tmp_path):

@@ -316,7 +316,12 @@ def test_the_check_takes_no_threads_from_the_forward_pass():
             assert _all_finite(row)
         found.append(sum(1 for _ in TASKS.iterdir()) - before)
 
-    thread = threading.Thread(target=check)
-    thread.start()
-    thread.join()
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        thread = threading.Thread(target=check)
+        thread.start()
+        thread.join()
+    finally:
+        torch.set_num_threads(before)
     assert found == [0]

@@ -18,7 +18,7 @@ from .metrics import score
 from .mix import MixedHead
 from .recorded import RecordedSteps
 from .settings import MIX_LEARNING_RATE, TrainSettings
-from .step import take_step
+from .step import fetch, take_step
 
 _LARGEST = 1e30  # mean or deviation of a hidden state: float32 ends at 3e38, and 1 / 1e38 is no longer exact
 _CHECK = 32  # steps between looks at the loss; on a GPU each look waits for the device
@@ -131,7 +131,7 @@ def predict_rows(head: Head, rows: Rows, device: torch.device) -> np.ndarray:
     batches = rows.batches()
     found: list[Tensor] = []
     for hidden, mask, _ in read_ahead(rows, batches, pinned=device.type == "cuda"):
-        found.append(head(hidden.to(device, non_blocking=True), mask.to(device, non_blocking=True)))
+        found.append(head(fetch(hidden, device), fetch(mask, device)))
     predictions = np.empty(len(rows))
     for batch, values in zip(batches, found, strict=True):  # not before: each look would wait for the device
         predictions[batch] = values.cpu().double().numpy()  # mps has no float64

@@ -1,5 +1,6 @@
 """One training step, for every head."""
 
+import torch
 from torch import Tensor, nn
 
 from .adamw import AdamW
@@ -16,17 +17,23 @@ def take_step(head: Head, optimizer: AdamW, loss_of: nn.Module, batch: TrainBatc
         head: in training mode.
         optimizer: of its weights.
         loss_of: of standardised predictions and targets.
-        batch: on any device; on the CPU in pinned memory, a GPU fetches it while it works.
+        batch: on any device; in pinned memory on the CPU, a CUDA device fetches it while it works.
         lr: learning rate; on a GPU it may be a tensor () there.
     """
     scale = head.target_scale
-    hidden, mask, target = (part.to(scale.mean.device, non_blocking=True) for part in batch)
+    hidden, mask, target = (fetch(part, scale.mean.device) for part in batch)
     loss = loss_of(scale.standardise(head(hidden, mask)), scale.standardise(target))
     optimizer.zero_grad()
     loss.backward()
     _clip(head)
     optimizer.step(lr=lr)
     return loss.detach()
+
+
+def fetch(part: Tensor, device: torch.device) -> Tensor:
+    """A part of a batch on a device. A CUDA device does not make the host wait, if the part lies in pinned memory."""
+    # On mps such a copy may read memory that has been given away since: pinning is CUDA's.
+    return part.to(device, non_blocking=device.type == "cuda")
 
 
 def _clip(head: nn.Module) -> None:

@@ -65,6 +65,34 @@ def test_there_are_few_lengths() -> None:
     assert len({_padded(T) for T in range(1, 8193)}) <= 8 * 11
 
 
+def test_without_memory_for_a_recording_steps_stay_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    def record(*_: object) -> None:
+        tried.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    tried: list[int] = []
+    monkeypatch.setattr(RecordedSteps, "_record", record)
+    torch.manual_seed(0)
+    plain = build_head(HeadSpec(name="linear", hidden_size=D, depth=0, latent_size=16, num_heads=4, dropout=0.0))
+    recorded = copy.deepcopy(plain)
+    optimizers = [AdamW(head, weight_decay=0.1) for head in (plain, recorded)]
+    replayed = RecordedSteps(recorded, optimizers[1], nn.HuberLoss())
+    batch = TrainBatch(torch.randn(4, 9, D), torch.ones(4, 9, dtype=torch.bool), torch.randn(4))
+    for _ in range(6):
+        theirs = take_step(plain, optimizers[0], nn.HuberLoss(), batch, lr=0.01)
+        assert replayed(batch, lr=0.01).item() == pytest.approx(theirs.item(), rel=1e-5)
+    assert tried == [1]
+
+
+def test_batches_of_all_shapes_share_memory() -> None:
+    head = build_head(HeadSpec(name="linear", hidden_size=D, depth=0, latent_size=16, num_heads=4, dropout=0.0))
+    steps = RecordedSteps(head, AdamW(head, weight_decay=0.0), nn.HuberLoss())
+    taken = [steps._room_for(torch.Size((4, T, D)), torch.bfloat16) for T in (8, 16, 12, 20, 40, 9, 72)]
+    held = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in taken}
+    assert [one.shape[1] for one in taken] == [8, 16, 12, 20, 40, 9, 72]
+    assert sum(held.values()) <= 2 * max(held.values())
+
+
 @needs_gpu
 @pytest.mark.parametrize("layers", [None, 3])
 @pytest.mark.parametrize("name", LEARNING)

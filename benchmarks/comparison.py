@@ -3,6 +3,7 @@
     python benchmarks/comparison.py WORK --data DATA                    everything; hours per data set and backbone
     python benchmarks/comparison.py WORK --data DATA --tasks stsb --backbones smollm2
     python benchmarks/comparison.py WORK --kept benchmarks/results/comparison --tasks ""    the tables of what is kept
+    python benchmarks/comparison.py WORK --data DATA --jobs 6           on a GPU: several commands at once
     python benchmarks/comparison.py --small --out comparison.json       a tiny version that only shows that it runs
 
 DATA holds stsb/, sick/ and wmt-mlqe-pe/ with their published files. The same rows, drawn once by a fixed seed, serve
@@ -15,13 +16,16 @@ folder, and those that are there already are not run again: the tables can be ma
 import argparse
 import csv
 import json
+import math
 import os
 import random
+import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -64,6 +68,7 @@ class Step:
     """Names of the steps that come before it."""
     late: Callable[[], list[str]] = list
     """More words, which only those steps give."""
+    may_fail: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ class Plan:
     """Where squared error is compared with Huber, at the middle one of the layers."""
     rates: tuple[str, ...] = ("1e-4", "3e-4", "1e-3")
     """Learning rates that each method of tuning has to choose from, once for each LLM, by the validation rows of one
-    data set: as many as each head had (recipe-log.md)."""
+    data set. Heads had three each, too; relish more besides (recipe-log.md)."""
     search: tuple[str, ...] = ("--rows", "1000", "--batch-size", "32")
     """More options of `relish tune` in that choice."""
     tune: tuple[str, ...] = ("--batch-size", "32")
@@ -176,6 +181,7 @@ class Search:
                     rate,
                     *self.more,
                 ],
+                may_fail=True,
             )
             for method in METHODS
             for rate in self.rates
@@ -183,10 +189,13 @@ class Search:
 
     def rate(self, method: str) -> list[str]:
         """The option that gives a method the best of its rates."""
-        if not self.noted.exists():
-            found = {method: {rate: self._nrmse(method, rate) for rate in self.rates} for method in METHODS}
-            self.noted.parent.mkdir(parents=True, exist_ok=True)
-            self.noted.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        with _CHOOSING:
+            if not self.noted.exists():
+                found = {method: {rate: self._nrmse(method, rate) for rate in self.rates} for method in METHODS}
+                self.noted.parent.mkdir(parents=True, exist_ok=True)
+                part = self.noted.with_suffix(".part")
+                part.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+                part.replace(self.noted)
         by_rate = json.loads(self.noted.read_text(encoding="utf-8"))[method]
         return ["--lr", min(by_rate, key=by_rate.__getitem__)]
 
@@ -194,8 +203,12 @@ class Search:
         return self.home / f"{method}-{rate}"
 
     def _nrmse(self, method: str, rate: str) -> float:
-        tuned = json.loads((self._folder(method, rate) / "tune.json").read_text(encoding="utf-8"))
-        return tuned["val"]["nrmse"]
+        path = self._folder(method, rate) / "tune.json"
+        # A rate at which the loss is no longer finite leaves no adapter.
+        return json.loads(path.read_text(encoding="utf-8"))["val"]["nrmse"] if path.exists() else math.inf
+
+
+_CHOOSING = threading.Lock()
 
 
 def resolved(model: Path, layers: str) -> list[str]:
@@ -233,25 +246,29 @@ def run_all(plan: list[Step], work: Path, jobs: int) -> Iterator[Step]:
 def run(step: Step, work: Path, jobs: int) -> None:
     """Run a command unless it is noted as done; its output goes to WORK/logs."""
     done, log = work / "done" / step.name, work / "logs" / f"{step.name}.log"
+    words = [*step.words, *step.late()]
     if done.exists():
+        if done.read_text(encoding="utf-8").splitlines()[0] != shlex.join(words):
+            raise SystemExit(f"{work} has {step.name} with other options; give another folder, or the same options")
         return
     for folder in (done.parent, log.parent):
         folder.mkdir(parents=True, exist_ok=True)
-    # So that the threads of all together are as many as there are cores.
+    # On a GPU each is one process, and their threads together are as many as there are cores.
     alone = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     started = time.time()
     with log.open("a", encoding="utf-8") as file:
         code = subprocess.run(
-            [sys.executable, "-m", "relish", *step.words, *step.late()],
+            [sys.executable, "-m", "relish", *words],
             stdout=file,
             stderr=subprocess.STDOUT,
             env={**os.environ, **alone},
             check=False,
         ).returncode
-    if code != 0:
-        raise SystemExit(f"{step.name} failed with {code}; see {log}")
-    done.write_text(f"{time.time() - started:.1f} s\n", encoding="utf-8")
-    print(f"{step.name}: {time.time() - started:,.0f} s", flush=True)
+    seconds = time.time() - started
+    print(f"{step.name}: " + (f"{seconds:,.0f} s" if code == 0 else f"failed with {code}; see {log}"), flush=True)
+    if code != 0 and not step.may_fail:
+        raise SystemExit(code)
+    done.write_text(f"{shlex.join(words)}\n{seconds:.1f} s\n", encoding="utf-8")
 
 
 def keep(reports: list[Path], target: Path) -> None:
@@ -265,37 +282,35 @@ def keep(reports: list[Path], target: Path) -> None:
     part.replace(target)
 
 
-def kept_reports(folder: Path, work: Path) -> list[Path]:
-    """The report folders of all that is kept, unpacked below WORK; those on the loss are no part of the comparison."""
-    found = []
+def unpack(folder: Path, work: Path) -> list[Path]:
+    """A folder of reports for each data set and backbone that is kept, below WORK."""
+    homes = []
     for packed in sorted(folder.glob("*.tar.xz")):
-        home = work / "unpacked" / packed.name.removesuffix(".tar.xz")
+        homes.append(work / "unpacked" / packed.name.removesuffix(".tar.xz"))
+        shutil.rmtree(homes[-1], ignore_errors=True)
         with tarfile.open(packed) as archive:
-            archive.extractall(home, filter="data")
-        found += sorted(path.parent for path in home.glob("*/results.json") if path.parent.name != MSE)
-    return found
+            archive.extractall(homes[-1], filter="data")
+    return homes
 
 
-def recipe_tables(unpacked: Path) -> str:
-    """Markdown: the heads at each layer of the frozen LLM, and RELISH by either loss."""
+def recipe_tables(homes: list[Path]) -> str:
+    """Markdown: the heads at each layer of the frozen LLM, and RELISH by either loss; validation / test NRMSE × 100."""
     layers, losses = [], []
-    for home in sorted(path for path in unpacked.iterdir() if path.is_dir()):
+    for home in homes:
         reports = {path.parent.name: json.loads(path.read_text()) for path in sorted(home.glob("*/results.json"))}
-        loss = reports[MSE]
-        squared = next(group for group in loss["groups"] if group["head"] == "relish")
-        depth = squared["depth"]
+        squared = next(group for group in reports[MSE]["groups"] if group["head"] == "relish")
         for name, report in reports.items():
             if not name.startswith("frozen-"):
                 continue
-            heads = {group["head"]: group for group in report["groups"] if group["depth"] in (0, depth)}
-            layers.append(
-                [home.name, report["meta"]["layer"], *(_figures(heads.get(head)) for head in HEADS.split(","))]
-            )
-            if report["meta"]["layer"] == loss["meta"]["layer"]:
-                losses.append([home.name, _figures(heads["relish"]), _figures(squared)])
+            heads = {group["head"]: group for group in report["groups"] if group["depth"] in (0, squared["depth"])}
+            layer = report["meta"]["layer"]
+            layers.append([home.name, layer, *(_figures(heads.get(head)) for head in HEADS.split(","))])
+            if layer == reports[MSE]["meta"]["layer"]:
+                losses.append([home.name, layer, squared["depth"], _figures(heads["relish"]), _figures(squared)])
     return (
-        f"Validation / test NRMSE × 100, relish at L = {depth}:\n\n"
-        f"{table(['', 'layer', *HEADS.split(',')], layers)}\n\n{table(['', 'Huber', 'squared error'], losses)}\n"
+        f"Validation / test NRMSE × 100, relish at the depth of the second table:\n\n"
+        f"{table(['', 'layer', *HEADS.split(',')], layers)}\n\n"
+        f"{table(['', 'layer', 'L', 'Huber', 'squared error'], losses)}\n"
     )
 
 
@@ -314,9 +329,7 @@ def main() -> None:
     parser.add_argument("--backbones", default=",".join(BACKBONES))
     parser.add_argument("--rows", default="5000,500,1000", help="rows of train, val and test")
     parser.add_argument("--kept", type=Path, help="folder for the reports of what is finished; taken from there, too")
-    parser.add_argument(
-        "--jobs", type=int, default=1, help="commands at once; on a GPU one leaves it idle for the most"
-    )
+    parser.add_argument("--jobs", type=int, default=1, help="commands at once; one leaves a GPU idle for the most")
     parser.add_argument("--small", action="store_true", help="a tiny version that only shows that it runs")
     parser.add_argument("--out", type=Path, help="write comparison.json there too")
     given = parser.parse_args()
@@ -332,9 +345,9 @@ def main() -> None:
     def drawn(task: str) -> dict[str, Path]:
         folder = work / "rows" / task
         if given.small:
-            return {split: small_rows(folder / f"{split}.csv", count) for split, count in plan.rows.items()}
+            return {split: small_rows(folder / f"{split}-{count}.csv", count) for split, count in plan.rows.items()}
         return {
-            split: draw_rows(given.data / FILES[task][split], folder / f"{split}.csv", count)
+            split: draw_rows(given.data / FILES[task][split], folder / f"{split}-{count}.csv", count)
             for split, count in plan.rows.items()
         }
 
@@ -346,9 +359,9 @@ def main() -> None:
             target = kept / f"{task}-{backbone}.tar.xz"
             if target.exists():
                 continue
-            model, home = find(), work / "search" / backbone
-            source = sourced(model, SEARCHED, drawn(SEARCHED))
-            search = Search(home, backbone, source, plan.rates, plan.search, kept / f"rates-{backbone}.json")
+            model, home, noted = find(), work / "search" / backbone, kept / f"rates-{backbone}.json"
+            source = [] if noted.exists() else sourced(model, SEARCHED, drawn(SEARCHED))
+            search = Search(home, backbone, source, plan.rates, plan.search, noted)
             searches += [step for step in search.steps() if step not in searches]
             cells[target] = list(steps(work, task, backbone, model, drawn(task), plan, search))
     left = {target: {step.name for step in own} for target, own in cells.items()}
@@ -357,11 +370,14 @@ def main() -> None:
             names.discard(step.name)
             if not names and not target.exists():
                 keep([Path(one.words[-1]) for one in cells[target] if one.words[0] == "evaluate"], target)
-    reports = kept_reports(kept, work)
-    recipe = recipe_tables(work / "unpacked")
+    homes = unpack(kept, work)
+    if not homes:
+        sys.exit(f"nothing is kept in {kept} yet: name a task to run")
+    reports = sorted(path.parent for home in homes for path in home.glob("*/results.json") if path.parent.name != MSE)
     command = [sys.executable, "-m", "relish", "compare", *reports, "--paper", "--out", str(work / "comparison")]
     code = subprocess.run(command, check=False).returncode
     if code == 0:
+        recipe = recipe_tables(homes)
         print(recipe)
         (work / "comparison" / "recipe.md").write_text(recipe, encoding="utf-8")
     if code == 0 and given.out is not None:
@@ -379,7 +395,7 @@ def small_plan() -> Plan:
         tuned_depths="1",
         seeds="0",
         loss_depth="1",
-        rates=("3e-4",),
+        rates=("3e-4", "1e-3"),
         search=(),
         tune=("--epochs", "1"),
         train=("--epochs", "1", "--latent-size", "8", "--num-heads", "2"),

@@ -70,7 +70,7 @@ def extract(
     ] = False,
     batch_tokens: Annotated[
         int | None,
-        typer.Option(help="Token slots of a forward pass; default 16384 on a GPU, 256 a thread on the CPU."),
+        typer.Option(help="Token slots of a forward pass; default 16384 on a GPU, 512 a thread on the CPU."),
     ] = None,
     shard_rows: Annotated[int, typer.Option(help="Most rows in a shard.")] = 4096,
     on_nonfinite: Annotated[

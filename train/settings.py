@@ -28,7 +28,7 @@ LEARNING_RATES = {
     "mlp-last": 1e-4,
     "attention": 1e-2,
 }
-"""Each head's own, by the validation splits of STS-B and SICK (benchmarks/recipe-log.md)."""
+"""Each head's own, by the validation split of STS-B; relish's and mlp's by SICK's too (benchmarks/recipe-log.md)."""
 
 MIX: Final = "mix"
 """In place of a layer's index: a mix of all layers of the cache, learned with the head (train/mix.py)."""

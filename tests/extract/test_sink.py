@@ -324,4 +324,4 @@ def test_the_check_takes_no_threads_from_the_forward_pass():
         thread.join()
     finally:
         torch.set_num_threads(before)
-    assert found == [0]
+    assert found[0] <= 0  # one of an earlier test may have ended meanwhile

@@ -98,7 +98,13 @@ def extraction(model: Path, rows: list[dict[str, Any]], flops: float, bandwidth:
     from relish.extract.backbone import Backbone
     from relish.extract.files import find_backbone
 
-    backbone = Backbone(find_backbone(model), layers=(), compute_dtype="float32", device="cpu", trust_remote_code=False)
+    backbone = Backbone(
+        find_backbone(model, gguf_file=None, revision=None),
+        layers=(),
+        compute_dtype="float32",
+        device="cpu",
+        trust_remote_code=False,
+    )
     backbone.load()
     tokens = [np.array(ids) for ids in AutoTokenizer.from_pretrained(model)(texts(rows))["input_ids"]]
     tokens = sorted(tokens, key=len)

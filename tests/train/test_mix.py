@@ -171,7 +171,7 @@ def test_a_mix_of_one_layer_is_that_layer(cache, tmp_path, head):
 
 @pytest.mark.parametrize("head", LEARNED)
 def test_it_finds_the_layer_that_matters_and_loads_as_it_was_saved(large, tmp_path, head):
-    settings = TrainSettings(heads=(head,), depths=(1,), layer="mix", **{**SMALL, "epochs": 8, "patience": 8})
+    settings = TrainSettings(heads=(head,), depths=(1,), layer="mix", **{**SMALL, "epochs": 12, "patience": 12})
     ((cell, metrics),) = train_heads(large, tmp_path / "r", settings).cells.items()
     shares = metrics["layer_mix"]
     assert list(shares) == ["1", "2", "5"]

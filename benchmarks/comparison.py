@@ -16,27 +16,21 @@ folder, and those that are there already are not run again: the tables can be ma
 import argparse
 import csv
 import json
-import math
-import os
 import random
-import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from graphlib import TopologicalSorter
 from pathlib import Path
-from typing import Any
 
 from backbones import gemma3_folder, smollm2_folder, tiny_model
-from measure import table
+from commands import Step, run_all
+from recipe_tables import MSE, recipe_tables
 
 FILES = {
     "stsb": {"train": "stsb/train.csv", "val": "stsb/dev.csv", "test": "stsb/test.csv"},
@@ -53,22 +47,7 @@ FILES = {
 BACKBONES = {"smollm2": smollm2_folder, "gemma3": gemma3_folder}
 HEADS = "linear,linear-last,mlp,mlp-last,attention,ridge,ridge-mean,relish"
 METHODS = ("lora", "raft")
-MSE = "mse-report"
 SEARCHED = "stsb"
-
-
-@dataclass(frozen=True)
-class Step:
-    """One `relish` command."""
-
-    name: str
-    """Unique; of the log and of the note that it is done."""
-    words: list[str]
-    needs: tuple[str, ...] = ()
-    """Names of the steps that come before it."""
-    late: Callable[[], list[str]] = list
-    """More words, which only those steps give."""
-    may_fail: bool = False
 
 
 @dataclass(frozen=True)
@@ -168,30 +147,19 @@ class Search:
         """What has to be run, if anything."""
         if self.noted.exists():
             return []
-        return [
-            Step(
-                f"{self.backbone}-search-{method}-{rate}",
-                [
-                    "tune",
-                    str(self._folder(method, rate)),
-                    *self.source,
-                    "--method",
-                    method,
-                    "--lr",
-                    rate,
-                    *self.more,
-                ],
-                may_fail=True,
-            )
-            for method in METHODS
-            for rate in self.rates
-        ]
+        found = []
+        for method in METHODS:
+            for rate in self.rates:
+                words = ["tune", str(self._folder(method, rate)), *self.source, "--method", method, "--lr", rate]
+                # A rate at which the loss is no longer finite ends with an error, and is not chosen.
+                found.append(Step(f"{self.backbone}-search-{method}-{rate}", [*words, *self.more], may_fail=True))
+        return found
 
     def rate(self, method: str) -> list[str]:
         """The option that gives a method the best of its rates."""
         with _CHOOSING:
             if not self.noted.exists():
-                found = {method: {rate: self._nrmse(method, rate) for rate in self.rates} for method in METHODS}
+                found = {method: self._figures(method) for method in METHODS}
                 self.noted.parent.mkdir(parents=True, exist_ok=True)
                 part = self.noted.with_suffix(".part")
                 part.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
@@ -202,10 +170,12 @@ class Search:
     def _folder(self, method: str, rate: str) -> Path:
         return self.home / f"{method}-{rate}"
 
-    def _nrmse(self, method: str, rate: str) -> float:
-        path = self._folder(method, rate) / "tune.json"
-        # A rate at which the loss is no longer finite leaves no adapter.
-        return json.loads(path.read_text(encoding="utf-8"))["val"]["nrmse"] if path.exists() else math.inf
+    def _figures(self, method: str) -> dict[str, float]:
+        tuned = {rate: self._folder(method, rate) / "tune.json" for rate in self.rates}
+        found = {rate: json.loads(path.read_text())["val"]["nrmse"] for rate, path in tuned.items() if path.exists()}
+        if not found:
+            raise SystemExit(f"no rate of {method} gave an adapter; see the logs of the search")
+        return found
 
 
 _CHOOSING = threading.Lock()
@@ -221,54 +191,6 @@ def resolved(model: Path, layers: str) -> list[str]:
     depth = AutoConfig.from_pretrained(model).num_hidden_layers
     found = resolve_layers(parse_layers(layers), depth)
     return [*map(str, found), *(["mix"] if len(found) > 1 else [])]
-
-
-def run_all(plan: list[Step], work: Path, jobs: int) -> Iterator[Step]:
-    """Run so many steps at once, earlier ones first; each is given as it ends."""
-    order = {step.name: place for place, step in enumerate(plan)}
-    waits = TopologicalSorter({step.name: step.needs for step in plan})
-    waits.prepare()
-    ready: list[int] = []
-    running: dict[Future[None], Step] = {}
-    with ThreadPoolExecutor(jobs) as pool:
-        while waits.is_active():
-            ready = sorted([*ready, *(order[name] for name in waits.get_ready())])
-            while ready and len(running) < jobs:
-                step = plan[ready.pop(0)]
-                running[pool.submit(run, step, work, jobs)] = step
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                step = running.pop(future)
-                future.result()
-                waits.done(step.name)
-                yield step
-
-
-def run(step: Step, work: Path, jobs: int) -> None:
-    """Run a command unless it is noted as done; its output goes to WORK/logs."""
-    done, log = work / "done" / step.name, work / "logs" / f"{step.name}.log"
-    words = [*step.words, *step.late()]
-    if done.exists():
-        if done.read_text(encoding="utf-8").splitlines()[0] != shlex.join(words):
-            raise SystemExit(f"{work} has {step.name} with other options; give another folder, or the same options")
-        return
-    for folder in (done.parent, log.parent):
-        folder.mkdir(parents=True, exist_ok=True)
-    # On a GPU each is one process, and their threads together are as many as there are cores.
-    alone = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
-    started = time.time()
-    with log.open("a", encoding="utf-8") as file:
-        code = subprocess.run(
-            [sys.executable, "-m", "relish", *words],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **alone},
-            check=False,
-        ).returncode
-    seconds = time.time() - started
-    print(f"{step.name}: " + (f"{seconds:,.0f} s" if code == 0 else f"failed with {code}; see {log}"), flush=True)
-    if code != 0 and not step.may_fail:
-        raise SystemExit(code)
-    done.write_text(f"{shlex.join(words)}\n{seconds:.1f} s\n", encoding="utf-8")
 
 
 def keep(reports: list[Path], target: Path) -> None:
@@ -291,34 +213,6 @@ def unpack(folder: Path, work: Path) -> list[Path]:
         with tarfile.open(packed) as archive:
             archive.extractall(homes[-1], filter="data")
     return homes
-
-
-def recipe_tables(homes: list[Path]) -> str:
-    """Markdown: the heads at each layer of the frozen LLM, and RELISH by either loss; validation / test NRMSE × 100."""
-    layers, losses = [], []
-    for home in homes:
-        reports = {path.parent.name: json.loads(path.read_text()) for path in sorted(home.glob("*/results.json"))}
-        squared = next(group for group in reports[MSE]["groups"] if group["head"] == "relish")
-        for name, report in reports.items():
-            if not name.startswith("frozen-"):
-                continue
-            heads = {group["head"]: group for group in report["groups"] if group["depth"] in (0, squared["depth"])}
-            layer = report["meta"]["layer"]
-            layers.append([home.name, layer, *(_figures(heads.get(head)) for head in HEADS.split(","))])
-            if layer == reports[MSE]["meta"]["layer"]:
-                losses.append([home.name, layer, squared["depth"], _figures(heads["relish"]), _figures(squared)])
-    return (
-        f"Validation / test NRMSE × 100, relish at the depth of the second table:\n\n"
-        f"{table(['', 'layer', *HEADS.split(',')], layers)}\n\n"
-        f"{table(['', 'layer', 'L', 'Huber', 'squared error'], losses)}\n"
-    )
-
-
-def _figures(group: dict[str, Any] | None) -> str:
-    if group is None:
-        return "–"
-    test, sd = 100 * group["nrmse"]["mean"], 100 * (group["nrmse"]["sd"] or 0)
-    return f"{100 * group['val_nrmse']:.1f} / {test:.1f}" + (f" ± {sd:.1f}" if group["seeds"] > 1 else "")
 
 
 def main() -> None:
@@ -376,13 +270,13 @@ def main() -> None:
     reports = sorted(path.parent for home in homes for path in home.glob("*/results.json") if path.parent.name != MSE)
     command = [sys.executable, "-m", "relish", "compare", *reports, "--paper", "--out", str(work / "comparison")]
     code = subprocess.run(command, check=False).returncode
-    if code == 0:
-        recipe = recipe_tables(homes)
-        print(recipe)
-        (work / "comparison" / "recipe.md").write_text(recipe, encoding="utf-8")
-    if code == 0 and given.out is not None:
+    if code != 0:
+        sys.exit(code)
+    recipe = recipe_tables(homes, HEADS.split(","))
+    print(recipe)
+    (work / "comparison" / "recipe.md").write_text(recipe, encoding="utf-8")
+    if given.out is not None:
         shutil.copy(work / "comparison" / "comparison.json", given.out)
-    sys.exit(code)
 
 
 def small_plan() -> Plan:

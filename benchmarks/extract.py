@@ -1,7 +1,7 @@
 """How fast `relish extract` is beside other ways to get hidden states, and beside the bare forward pass.
 
     python benchmarks/extract.py ../shared/data/stsb/train.csv --out extract.json
-    python benchmarks/extract.py ../shared/data/stsb/train.csv --sample 256 --floor --out extract_floor.json
+    python benchmarks/extract.py ../shared/data/stsb/train.csv --sample 192 --floor --out extract_floor.json
     python benchmarks/extract.py --small
 
 SmolLM2-135M-Instruct in float32 on the CPU, last layer, rows of STS-B's training split with the preset's prompt. Each
@@ -114,9 +114,11 @@ def memory(model: Path, rows: list[Row], home: Path, sizes: tuple[int, ...]) -> 
     return {int(name): figures.peak_mb for name, figures in race(rivals, rounds=1, warm_up=0).items()}
 
 
-def rivals_of(model: Path, rows: list[Row], middle: tuple[int, ...], shape: int | None, home: Path) -> Iterator[Rival]:
-    yield Rival("relish", relish, (model, rows, 1.0, home))
-    yield Rival("floor", floor, (model, rows, shape))
+def closest(model: Path, rows: list[Row], shape: int | None, home: Path) -> list[Rival]:
+    return [Rival("relish", relish, (model, rows, 1.0, home)), Rival("floor", floor, (model, rows, shape))]
+
+
+def others(model: Path, rows: list[Row], middle: tuple[int, ...], home: Path) -> Iterator[Rival]:
     for layer in middle:
         yield Rival(f"relish, layer {layer}", relish, (model, rows, layer, home))
     yield Rival(f"padded to {MAX_LENGTH}", padded, (model, rows, "max_length"))
@@ -132,7 +134,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("data", nargs="?", type=Path, help="STS-B's train.csv; not needed with --small")
     parser.add_argument("--sample", type=int, default=96, help="rows of the sample")
-    parser.add_argument("--floor", action="store_true", help="only relish and the floor, which need more rows to part")
+    parser.add_argument("--floor", action="store_true", help="only relish and the floor, on a larger sample")
     given = parser.parse_args()
     if given.data is None and not given.small:
         parser.error("give STS-B's train.csv, or --small")
@@ -148,8 +150,10 @@ def main() -> None:
         model, wide = built.value
         (shapes,) = race([Rival("shapes", all_shapes, (model, rows[::2], 2))], rounds=1, warm_up=0).values()
         shape = min(SHAPES, key=lambda one: min(shapes.value[one]))
-        rivals = list(rivals_of(model, rows, middle, shape, home))
-        figures = race(rivals[:2] if given.floor else rivals, rounds=rounds, warm_up=0)
+        rivals = closest(model, rows, shape, home)
+        if not given.floor:
+            rivals += others(model, rows, middle, home)
+        figures = race(rivals, rounds=rounds, warm_up=0)
         peaks = memory(wide, rows, home, sizes) if sizes else {}
     ours = figures["relish"]
     tokens = {one.value["tokens"] for one in figures.values()}
@@ -167,7 +171,8 @@ def main() -> None:
         print(
             f"layer {layer} takes {share:.1%} of the last layer's time; its share of the depth is {layer / depth:.1%}"
         )
-    print(f"peak memory: {', '.join(f'{size} rows {peak:,.0f} MB' for size, peak in peaks.items())}")
+    if peaks:
+        print(f"peak memory: {', '.join(f'{size} rows {peak:,.0f} MB' for size, peak in peaks.items())}")
     save(
         given.out,
         {

@@ -8,7 +8,8 @@ random batches of STS-B, scaled so that the longest has T, and each batch is pad
 - plain: rival.py in a plain loop, torch's default AdamW, the loss fetched after each step.
 - plain, tuned: the same module without that fetch, with AdamW(fused=True).
 - compiled: the latter under torch.compile(mode="reduce-overhead"), which records CUDA graphs itself; all rows are
-  padded to T, since it compiles anew for each length, for a quarter of a minute. Compiling is not timed.
+  padded to T, since it compiles anew for each length, for a quarter of a minute. Of the first shape only; compiling is
+  not timed.
 - ours: `take_step`, as on the CPU.
 - recorded: what `relish train` does on a GPU (train/recorded.py).
 
@@ -26,6 +27,7 @@ from measure import arguments, save, table
 
 ROWS = 16
 BATCHES = 16
+NAMES = ("plain", "plain, tuned", "compiled", "ours", "recorded")
 SHAPES = ((576, 52, 3), (576, 52, 1), (576, 52, 5), (2048, 256, 3), (4096, 64, 3))
 
 
@@ -106,7 +108,6 @@ def ours(D: int, depth: int, source: list, device: str, *, recorded: bool) -> Ca
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--compile", action="store_true", help="torch.compile too, of the first shape")
     given = parser.parse_args()
     import torch
 
@@ -118,7 +119,7 @@ def main() -> None:
     for D, T, depth in shapes:
         source = batches(D, T, device)
         ways = {"plain": plain(D, depth, source, device), "plain, tuned": tuned(D, depth, source, device)}
-        if given.compile and not results:
+        if device == "cuda" and not results:
             ways["compiled"] = tuned(D, depth, source, device, compiled=True)
         ways["ours"] = ours(D, depth, source, device, recorded=False)
         if device == "cuda":
@@ -131,9 +132,6 @@ def main() -> None:
     where = torch.cuda.get_device_name() if device == "cuda" else "no GPU"
     save(given.out, {"batch": ROWS, "gpu": where, "steps_per_round": steps, "results": results})
     print(where, table(("D", "T", "L", *(f"{name}, ms" for name in NAMES)), rows), sep="\n")
-
-
-NAMES = ("plain", "plain, tuned", "compiled", "ours", "recorded")
 
 
 def time_in_turn(ways: dict[str, Callable[[], object]], device: str, steps: int, rounds: int) -> dict[str, list[float]]:

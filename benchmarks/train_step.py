@@ -14,12 +14,11 @@ measured in turn with the rivals. Torch's own number of threads; the shapes that
 """
 
 import statistics
-import time
 from collections.abc import Callable
 from itertools import cycle
 
 from lengths import draw_lengths
-from measure import Rival, arguments, race, save, table
+from measure import Rival, arguments, median_of, race, save, table
 
 ROWS, LATENT, HEADS = 16, 256, 8
 GOALS = {(576, 52): 3.5, (4096, 64): 2.0, (2048, 256): 3.5}
@@ -75,23 +74,16 @@ def speeds(D: int, depth: int) -> Callable[[], list[float]]:
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
     source, target = torch.randn(size), torch.empty(size)
 
-    def best(work: Callable[[], object]) -> float:
-        times = []
-        for _ in range(5):
-            started = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - started)
-        return statistics.median(times)
-
-    return lambda: [2 * 2048**3 / best(lambda: a @ b), 8 * size / best(lambda: target.copy_(source))]
+    return lambda: [2 * 2048**3 / median_of(lambda: a @ b), 8 * size / median_of(lambda: target.copy_(source))]
 
 
-def floor(D: int, T: int, depth: int, ragged: bool, flops: float, bandwidth: float) -> float:
+def floors(D: int, T: int, depth: int, ragged: bool, flops: float, bandwidth: float) -> tuple[float, float]:
+    """Seconds that the products of a step take at least, and the optimizer's bytes."""
     tokens = sum(int(mask.sum()) for _, mask, _ in batches(D, T, ragged)) / BATCHES
     projected = 4 * tokens * D * LATENT + depth * 12 * tokens * HEADS * LATENT
     folded = depth * (8 * tokens * HEADS * D + 12 * ROWS * HEADS * D * LATENT)
     products = min(projected, folded) + depth * 6 * ROWS * 12 * LATENT**2
-    return products / flops + 28 * parameters_of(D, depth) / bandwidth
+    return products / flops, 28 * parameters_of(D, depth) / bandwidth
 
 
 def parameters_of(D: int, depth: int) -> int:
@@ -124,7 +116,7 @@ def main() -> None:
         for depth in depths:
             theirs, own = figures[f"plain {depth}"], figures[f"ours {depth}"]
             flops, bandwidth = map(statistics.median, zip(*figures[f"speeds {depth}"].values, strict=True))
-            least = floor(D, T, depth, ragged, flops, bandwidth)
+            least = sum(floors(D, T, depth, ragged, flops, bandwidth))
             ratio = statistics.median(a / b for a, b in zip(theirs.wall, own.wall, strict=True))
             results.append(
                 {

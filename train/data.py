@@ -47,7 +47,7 @@ class Rows:
 
 
 class TrainBatch(NamedTuple):
-    """B rows, as they are read on the CPU."""
+    """B rows of a split."""
 
     hidden: Tensor
     """(B, T, D) in the storage dtype, or (B, K, T, D) for a mix of K layers, zero where padded."""

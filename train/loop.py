@@ -87,8 +87,8 @@ def train_head(
     optimizer = AdamW(head, weight_decay=settings.weight_decay, faster=faster)
     factor = _warmup_cosine(steps, settings.warmup)
     loss_of = nn.HuberLoss() if settings.loss == "huber" else nn.MSELoss()
-    on_gpu = device.type == "cuda"
-    step = RecordedSteps(head, optimizer, loss_of) if on_gpu else partial(take_step, head, optimizer, loss_of)
+    on_cuda = device.type == "cuda"
+    step = RecordedSteps(head, optimizer, loss_of) if on_cuda else partial(take_step, head, optimizer, loss_of)
     history: list[EpochRecord] = []
     best, best_state = math.inf, copy.deepcopy(head.state_dict())
     done = 0
@@ -96,7 +96,7 @@ def train_head(
         started = time.perf_counter()
         head.train()
         losses: list[Tensor] = []
-        for batch in read_ahead(train, shuffled_batches(train, settings.batch_size, generator), pinned=on_gpu):
+        for batch in read_ahead(train, shuffled_batches(train, settings.batch_size, generator), pinned=on_cuda):
             losses.append(step(batch, lr=lr * factor(done)))
             done += 1
             on_step(done)

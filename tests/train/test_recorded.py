@@ -1,4 +1,4 @@
-"""Recorded steps on a GPU. Most of these tests need one; no machine of the continuous integration has."""
+"""Recorded steps on a GPU. Most of these tests need one; no machine of the continuous integration has one."""
 
 import copy
 from collections.abc import Iterator

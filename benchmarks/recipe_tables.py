@@ -1,0 +1,38 @@
+"""Tables on the recipe, from the reports of a comparison: layers, and losses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from measure import table
+
+MSE = "mse-report"
+"""The report on squared error, which is no part of the comparison."""
+
+
+def recipe_tables(homes: list[Path], heads_shown: list[str]) -> str:
+    """Markdown: the heads at each layer of the frozen LLM, and RELISH by either loss; validation / test NRMSE × 100."""
+    layers, losses = [], []
+    for home in homes:
+        reports = {path.parent.name: json.loads(path.read_text()) for path in sorted(home.glob("*/results.json"))}
+        squared = next(group for group in reports[MSE]["groups"] if group["head"] == "relish")
+        for name, report in reports.items():
+            if not name.startswith("frozen-"):
+                continue
+            heads = {group["head"]: group for group in report["groups"] if group["depth"] in (0, squared["depth"])}
+            layer = report["meta"]["layer"]
+            layers.append([home.name, layer, *(_figures(heads.get(head)) for head in heads_shown)])
+            if layer == reports[MSE]["meta"]["layer"]:
+                losses.append([home.name, layer, squared["depth"], _figures(heads["relish"]), _figures(squared)])
+    return (
+        f"Validation / test NRMSE × 100, relish at the depth of the second table:\n\n"
+        f"{table(['', 'layer', *heads_shown], layers)}\n\n"
+        f"{table(['', 'layer', 'L', 'Huber', 'squared error'], losses)}\n"
+    )
+
+
+def _figures(group: dict[str, Any] | None) -> str:
+    if group is None:
+        return "–"
+    test, sd = 100 * group["nrmse"]["mean"], 100 * (group["nrmse"]["sd"] or 0)
+    return f"{100 * group['val_nrmse']:.1f} / {test:.1f}" + (f" ± {sd:.1f}" if group["seeds"] > 1 else "")

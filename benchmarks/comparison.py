@@ -1,7 +1,7 @@
 """The comparison of RESULTS.md: every family of LLM regression, frozen and fine-tuned, on five data sets and two LLMs.
 
     python benchmarks/comparison.py WORK --data DATA                    everything; hours per data set and backbone
-    python benchmarks/comparison.py WORK --data DATA --tasks stsb --backbones smollm2
+    python benchmarks/comparison.py WORK --data DATA --tasks stsb --backbones smollm2 --parts frozen
     python benchmarks/comparison.py WORK --kept benchmarks/results/comparison --tasks ""    the tables of what is kept
     python benchmarks/comparison.py WORK --data DATA --jobs 6           on a GPU: several commands at once
     python benchmarks/comparison.py --small --out comparison.json       a tiny version that only shows that it runs
@@ -9,27 +9,35 @@
 DATA holds stsb/, sick/ and wmt-mlqe-pe/ with their published files. The same rows, drawn once by a fixed seed, serve
 every family of a data set: for shots, for tuning and for the heads. Each step is a `relish` command that goes on where
 it stopped, and finished steps are noted in WORK/done: the same command goes on after an interruption, and with more
-tasks it adds to what is there. With --kept, the reports of each finished data set and backbone are packed into that
+tasks it adds to what is there. A data set and backbone has three parts: heads on the frozen LLM, what it answers to
+prompts, and the fine-tuned LLM with its heads. With --kept, the reports of each finished part are packed into that
 folder, and those that are there already are not run again: the tables can be made from there on another machine.
 """
 
 import argparse
 import csv
-import json
 import random
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
-import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from backbones import gemma3_folder, smollm2_folder, tiny_model
 from commands import Step, run_all
+from comparison_plan import (
+    HEADS,
+    PARTS,
+    SEARCHED,
+    Cell,
+    Plan,
+    Search,
+    frozen_steps,
+    prompted_steps,
+    sourced,
+    tuned_steps,
+)
 from recipe_tables import MSE, recipe_tables
 
 FILES = {
@@ -45,35 +53,6 @@ FILES = {
     },
 }
 BACKBONES = {"smollm2": smollm2_folder, "gemma3": gemma3_folder}
-HEADS = "linear,linear-last,mlp,mlp-last,attention,ridge,ridge-mean,relish"
-METHODS = ("lora", "raft")
-SEARCHED = "stsb"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is run for every data set and backbone."""
-
-    rows: dict[str, int]
-    layers: str = "0.5,0.75,last"
-    """Of the frozen LLM; with several, heads learn from their mix too."""
-    tuned_layers: str = "last"
-    """Of the fine-tuned ones: the layer that they were tuned through."""
-    shots: str = "0,128"
-    depths: str = "1-5"
-    tuned_depths: str = "1,3,5"
-    seeds: str = "0-2"
-    loss_depth: str = "3"
-    """Where squared error is compared with Huber, at the middle one of the layers."""
-    rates: tuple[str, ...] = ("1e-4", "3e-4", "1e-3")
-    """Learning rates that each method of tuning has to choose from, once for each LLM, by the validation rows of one
-    data set. Heads had three each, too; relish more besides (recipe-log.md)."""
-    search: tuple[str, ...] = ("--rows", "1000", "--batch-size", "32")
-    """More options of `relish tune` in that choice."""
-    tune: tuple[str, ...] = ("--batch-size", "32")
-    """More options of `relish tune`."""
-    train: tuple[str, ...] = ()
-    """More options of `relish train`."""
 
 
 def draw_rows(source: Path, target: Path, count: int) -> Path:
@@ -91,108 +70,6 @@ def draw_rows(source: Path, target: Path, count: int) -> Path:
     return target
 
 
-def steps(
-    work: Path, task: str, backbone: str, model: Path, files: dict[str, Path], plan: Plan, search: "Search"
-) -> Iterator[Step]:
-    """All commands for one data set and backbone, in an order in which they can be run."""
-    home, tag = work / task / backbone, f"{task}-{backbone}"
-    source = sourced(model, task, files)
-    for method in METHODS:
-        words = ["tune", str(home / method), *source, "--method", method, *plan.tune]
-        needs = tuple(step.name for step in search.steps())
-        yield Step(f"{tag}-tune-{method}", words, needs, partial(search.rate, method))
-    for name in ("frozen", *METHODS):
-        cache, tuned = home / f"{name}-cache", name in METHODS
-        layers = plan.tuned_layers if tuned else plan.layers
-        readouts = {"frozen": ("greedy,samples,candidates", plan.shots), "raft": ("greedy,candidates", "0")}.get(name)
-        words = ["extract", str(cache), *source, "--layers", layers]
-        words += ["--adapter", str(home / name)] if tuned else []
-        words += ["--readouts", readouts[0], "--shots", readouts[1]] if readouts else []
-        yield Step(f"{tag}-extract-{name}", words, (f"{tag}-tune-{name}",) if tuned else ())
-        for layer in resolved(model, layers):
-            runs, report, own = home / f"{name}-{layer}-runs", home / f"{name}-{layer}-report", f"{name}-{layer}"
-            heads = HEADS if layer != "mix" else HEADS.replace("ridge,ridge-mean,", "")
-            words = ["train", str(cache), "--out", str(runs), "--head", heads, "--layer", layer, "--seeds", plan.seeds]
-            words += ["--depths", plan.tuned_depths if tuned else plan.depths, *plan.train]
-            yield Step(f"{tag}-train-{own}", words, (f"{tag}-extract-{name}",))
-            words = ["evaluate", str(runs), "--out", str(report)]
-            yield Step(f"{tag}-evaluate-{own}", words, (f"{tag}-train-{own}",))
-    single = [layer for layer in resolved(model, plan.layers) if layer != "mix"]
-    runs, report, layer = home / "mse-runs", home / MSE, single[len(single) // 2]
-    grid = ["--head", "relish", "--depths", plan.loss_depth, "--seeds", plan.seeds, "--layer", layer, "--loss", "mse"]
-    words = ["train", str(home / "frozen-cache"), "--out", str(runs), *grid, *plan.train]
-    yield Step(f"{tag}-train-mse", words, (f"{tag}-extract-frozen",))
-    yield Step(f"{tag}-evaluate-mse", ["evaluate", str(runs), "--out", str(report)], (f"{tag}-train-mse",))
-
-
-def sourced(model: Path, task: str, files: dict[str, Path]) -> list[str]:
-    """The options that say which texts which LLM reads."""
-    data = [word for split, path in files.items() for word in ("--data", f"{split}={path}")]
-    return ["--model", str(model), "--task", task, *data]
-
-
-@dataclass(frozen=True)
-class Search:
-    """The learning rate of each method of tuning for one LLM: a short training at each of a few, on one data set."""
-
-    home: Path
-    backbone: str
-    source: list[str]
-    rates: tuple[str, ...]
-    more: tuple[str, ...]
-    noted: Path
-    """Validation NRMSE by method and rate, once they are known."""
-
-    def steps(self) -> list[Step]:
-        """What has to be run, if anything."""
-        if self.noted.exists():
-            return []
-        found = []
-        for method in METHODS:
-            for rate in self.rates:
-                words = ["tune", str(self._folder(method, rate)), *self.source, "--method", method, "--lr", rate]
-                # A rate at which the loss is no longer finite ends with an error, and is not chosen.
-                found.append(Step(f"{self.backbone}-search-{method}-{rate}", [*words, *self.more], may_fail=True))
-        return found
-
-    def rate(self, method: str) -> list[str]:
-        """The option that gives a method the best of its rates."""
-        with _CHOOSING:
-            if not self.noted.exists():
-                found = {method: self._figures(method) for method in METHODS}
-                self.noted.parent.mkdir(parents=True, exist_ok=True)
-                part = self.noted.with_suffix(".part")
-                part.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-                part.replace(self.noted)
-        by_rate = json.loads(self.noted.read_text(encoding="utf-8"))[method]
-        return ["--lr", min(by_rate, key=by_rate.__getitem__)]
-
-    def _folder(self, method: str, rate: str) -> Path:
-        return self.home / f"{method}-{rate}"
-
-    def _figures(self, method: str) -> dict[str, float]:
-        tuned = {rate: self._folder(method, rate) / "tune.json" for rate in self.rates}
-        found = {rate: json.loads(path.read_text())["val"]["nrmse"] for rate, path in tuned.items() if path.exists()}
-        if not found:
-            raise SystemExit(f"no rate of {method} gave an adapter; see the logs of the search")
-        return found
-
-
-_CHOOSING = threading.Lock()
-
-
-def resolved(model: Path, layers: str) -> list[str]:
-    """Layers as indices, and their mix where there are several."""
-    from transformers import AutoConfig
-
-    from relish.extract.backbone import resolve_layers
-    from relish.extract.settings import parse_layers
-
-    depth = AutoConfig.from_pretrained(model).num_hidden_layers
-    found = resolve_layers(parse_layers(layers), depth)
-    return [*map(str, found), *(["mix"] if len(found) > 1 else [])]
-
-
 def keep(reports: list[Path], target: Path) -> None:
     """Pack what a comparison reads of report folders into one file."""
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -205,14 +82,14 @@ def keep(reports: list[Path], target: Path) -> None:
 
 
 def unpack(folder: Path, work: Path) -> list[Path]:
-    """A folder of reports for each data set and backbone that is kept, below WORK."""
+    """A folder of reports for each data set and backbone of which parts are kept, below WORK."""
+    shutil.rmtree(work / "unpacked", ignore_errors=True)
     homes = []
     for packed in sorted(folder.glob("*.tar.xz")):
-        homes.append(work / "unpacked" / packed.name.removesuffix(".tar.xz"))
-        shutil.rmtree(homes[-1], ignore_errors=True)
+        homes.append(work / "unpacked" / packed.name.removesuffix(".tar.xz").rpartition("-")[0])
         with tarfile.open(packed) as archive:
             archive.extractall(homes[-1], filter="data")
-    return homes
+    return list(dict.fromkeys(homes))
 
 
 def main() -> None:
@@ -221,7 +98,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of the data sets; not needed with --small")
     parser.add_argument("--tasks", default=",".join(FILES))
     parser.add_argument("--backbones", default=",".join(BACKBONES))
+    parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--rows", default="5000,500,1000", help="rows of train, val and test")
+    parser.add_argument("--compute-dtype", default="auto", help="of the LLM, as relish extract has it")
     parser.add_argument("--kept", type=Path, help="folder for the reports of what is finished; taken from there, too")
     parser.add_argument("--jobs", type=int, default=1, help="commands at once; one leaves a GPU idle for the most")
     parser.add_argument("--small", action="store_true", help="a tiny version that only shows that it runs")
@@ -230,7 +109,8 @@ def main() -> None:
     if (given.work is None or (given.data is None and given.tasks)) and not given.small:
         parser.error("give a folder to work in and --data, the folder of the data sets; or --small")
     work: Path = given.work or Path(tempfile.mkdtemp(prefix="comparison-"))
-    plan = Plan(dict(zip(("train", "val", "test"), map(int, given.rows.split(",")), strict=True)))
+    counts = dict(zip(("train", "val", "test"), map(int, given.rows.split(",")), strict=True))
+    plan = Plan(counts, compute=("--compute-dtype", given.compute_dtype))
     tasks = [task for task in given.tasks.split(",") if task]
     backbones = {name: BACKBONES[name] for name in given.backbones.split(",")}
     if given.small:
@@ -246,24 +126,30 @@ def main() -> None:
         }
 
     kept: Path = given.kept or work / "kept"
-    cells: dict[Path, list[Step]] = {}
+    parts: dict[Path, list[Step]] = {}
     searches: list[Step] = []
     for backbone, find in backbones.items():
         for task in tasks:
-            target = kept / f"{task}-{backbone}.tar.xz"
-            if target.exists():
+            targets = {part: kept / f"{task}-{backbone}-{part}.tar.xz" for part in given.parts.split(",")}
+            targets = {part: target for part, target in targets.items() if not target.exists()}
+            if not targets:
                 continue
-            model, home, noted = find(), work / "search" / backbone, kept / f"rates-{backbone}.json"
-            source = [] if noted.exists() else sourced(model, SEARCHED, drawn(SEARCHED))
-            search = Search(home, backbone, source, plan.rates, plan.search, noted)
-            searches += [step for step in search.steps() if step not in searches]
-            cells[target] = list(steps(work, task, backbone, model, drawn(task), plan, search))
-    left = {target: {step.name for step in own} for target, own in cells.items()}
-    for step in run_all([*searches, *(step for own in cells.values() for step in own)], work, given.jobs):
+            model, noted = find(), kept / f"rates-{backbone}.json"
+            cell = Cell(work / task / backbone, f"{task}-{backbone}", model, sourced(model, task, drawn(task), plan))
+            for part, target in targets.items():
+                if part == "tuned":
+                    source = [] if noted.exists() else sourced(model, SEARCHED, drawn(SEARCHED), plan)
+                    search = Search(work / "search" / backbone, backbone, source, plan.rates, plan.search, noted)
+                    searches += [step for step in search.steps() if step not in searches]
+                    parts[target] = tuned_steps(cell, plan, search)
+                else:
+                    parts[target] = (frozen_steps if part == "frozen" else prompted_steps)(cell, plan)
+    left = {target: {step.name for step in own} for target, own in parts.items()}
+    for step in run_all([*searches, *(step for own in parts.values() for step in own)], work, given.jobs):
         for target, names in left.items():
             names.discard(step.name)
             if not names and not target.exists():
-                keep([Path(one.words[-1]) for one in cells[target] if one.words[0] == "evaluate"], target)
+                keep([Path(one.words[-1]) for one in parts[target] if one.words[0] == "evaluate"], target)
     homes = unpack(kept, work)
     if not homes:
         sys.exit(f"nothing is kept in {kept} yet: name a task to run")
@@ -288,7 +174,7 @@ def small_plan() -> Plan:
         depths="1-2",
         tuned_depths="1",
         seeds="0",
-        loss_depth="1",
+        depth="1",
         rates=("3e-4", "1e-3"),
         search=(),
         tune=("--epochs", "1"),

@@ -15,6 +15,8 @@ def recipe_tables(homes: list[Path], heads_shown: list[str]) -> str:
     layers, losses = [], []
     for home in homes:
         reports = {path.parent.name: json.loads(path.read_text()) for path in sorted(home.glob("*/results.json"))}
+        if MSE not in reports:
+            continue  # what is kept is of other parts
         squared = next(group for group in reports[MSE]["groups"] if group["head"] == "relish")
         for name, report in reports.items():
             if not name.startswith("frozen-"):

@@ -81,9 +81,10 @@ def test_comparison(tmp_path):
     # From kept reports, as the tables of RESULTS.md are made.
     work, kept = tmp_path / "work", tmp_path / "kept"
     result, shown = run("comparison.py", tmp_path / "comparison.json", work, "--kept", kept, "--jobs", "2")
-    assert sorted(path.name for path in kept.iterdir()) == ["rates-tiny.json", "stsb-tiny.tar.xz"]
+    parts = [f"stsb-tiny-{part}.tar.xz" for part in ("frozen", "prompted", "tuned")]
+    assert sorted(path.name for path in kept.iterdir()) == ["rates-tiny.json", *parts]
     methods = {method["method"] for place in result["places"] for method in place["methods"]}
-    families = {"greedy-0shot", "rail-0shot", "rail-samples-2shot", "ridge", "attention", "relish, L = 2"}
+    families = {"greedy-0shot", "rail-0shot", "rail-samples-2shot", "ridge", "ridge-mean", "attention", "relish, L = 2"}
     tuned = {"linear-last on lora", "rail-sum-0shot on raft", "relish, L = 1 on lora", "relish, L = 1 on raft"}
     assert families | tuned <= methods
     assert "Macro average" in shown

@@ -1,0 +1,185 @@
+"""What the comparison runs: the commands of each of its parts, and the choice of the tuning's learning rates."""
+
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from commands import Step
+from recipe_tables import MSE
+
+PARTS = ("frozen", "prompted", "tuned")
+HEADS = "linear,linear-last,mlp,mlp-last,attention,ridge,ridge-mean,relish"
+METHODS = ("lora", "raft")
+SEARCHED = "stsb"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run for every data set and backbone."""
+
+    rows: dict[str, int]
+    layers: str = "0.5,0.75,last"
+    """Of the frozen LLM; with several, heads learn from their mix too."""
+    tuned_layers: str = "last"
+    """Of the fine-tuned ones: the layer that they were tuned through."""
+    shots: str = "0,128"
+    depths: str = "1-5"
+    """On the mix of the layers."""
+    depth: str = "3"
+    """On each single layer; and where squared error is compared with Huber, at the middle one."""
+    tuned_depths: str = "1,3,5"
+    seeds: str = "0-2"
+    rates: tuple[str, ...] = ("1e-4", "3e-4", "1e-3")
+    """Learning rates that each method of tuning has to choose from, once for each LLM, by the validation rows of one
+    data set. Heads had three each, too; relish more besides (recipe-log.md)."""
+    search: tuple[str, ...] = ("--rows", "1000", "--batch-size", "32")
+    """More options of `relish tune` in that choice."""
+    tune: tuple[str, ...] = ("--batch-size", "32")
+    """More options of `relish tune`."""
+    train: tuple[str, ...] = ()
+    """More options of `relish train`."""
+    compute: tuple[str, ...] = ()
+    """More options of all commands that run the LLM."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One data set and backbone."""
+
+    home: Path
+    tag: str
+    model: Path
+    source: list[str]
+    """The options that say which texts which LLM reads."""
+
+    def step(self, name: str, words: list[str], *needs: str, late: Callable[[], list[str]] = list) -> Step:
+        """A command of this cell, after others of it."""
+        return Step(f"{self.tag}-{name}", words, tuple(f"{self.tag}-{other}" for other in needs), late)
+
+    def extract(self, cache: str, *words: str, needs: tuple[str, ...] = ()) -> Step:
+        """The LLM's passes over the texts."""
+        return self.step(
+            f"extract-{cache}", ["extract", str(self.home / f"{cache}-cache"), *self.source, *words], *needs
+        )
+
+    def heads(self, name: str, cache: str, *words: str) -> list[Step]:
+        """A training and its evaluation."""
+        runs, report = str(self.home / f"{name}-runs"), str(self.home / f"{name}-report")
+        train = ["train", str(self.home / f"{cache}-cache"), "--out", runs, *words]
+        return [
+            self.step(f"train-{name}", train, f"extract-{cache}"),
+            self.step(f"evaluate-{name}", ["evaluate", runs, "--out", report], f"train-{name}"),
+        ]
+
+
+def frozen_steps(cell: Cell, plan: Plan) -> list[Step]:
+    """Heads on the frozen LLM: at each layer, and on the mix of them; squared error in place of Huber."""
+    layers = resolved(cell.model, plan.layers)
+    found = [cell.extract("frozen", "--layers", plan.layers)]
+    for layer in layers:
+        depths = plan.depths if layer == layers[-1] else plan.depth
+        found += cell.heads(f"frozen-{layer}", "frozen", *grid(layer, depths, plan))
+    single = [layer for layer in layers if layer != "mix"]
+    middle = ["--head", "relish", "--depths", plan.depth, "--seeds", plan.seeds, "--layer", single[len(single) // 2]]
+    return [*found, *cell.heads(MSE.removesuffix("-report"), "frozen", *middle, "--loss", "mse", *plan.train)]
+
+
+def prompted_steps(cell: Cell, plan: Plan) -> list[Step]:
+    """What the LLM answers. A report needs a trained head: one on the embeddings, which cost next to nothing."""
+    answers = ["--readouts", "greedy,samples,candidates", "--shots", plan.shots]
+    return [
+        cell.extract("prompted", "--layers", "0", *answers),
+        *cell.heads("prompted", "prompted", "--head", "ridge-mean"),
+    ]
+
+
+def tuned_steps(cell: Cell, plan: Plan, search: "Search") -> list[Step]:
+    """Adapters, heads on the LLM with each of them, and what the LLM that was tuned to answer does answer."""
+    found = []
+    for method in METHODS:
+        words = ["tune", str(cell.home / method), *cell.source, "--method", method, *plan.tune]
+        needs = tuple(step.name for step in search.steps())
+        found.append(Step(f"{cell.tag}-tune-{method}", words, needs, partial(search.rate, method)))
+        answers = ["--readouts", "greedy,candidates", "--shots", "0"] if method == "raft" else []
+        layers = ["--layers", plan.tuned_layers, "--adapter", str(cell.home / method)]
+        found.append(cell.extract(method, *layers, *answers, needs=(f"tune-{method}",)))
+        for layer in resolved(cell.model, plan.tuned_layers):
+            found += cell.heads(f"{method}-{layer}", method, *grid(layer, plan.tuned_depths, plan))
+    return found
+
+
+def grid(layer: str, depths: str, plan: Plan) -> list[str]:
+    """The options of `relish train` for all heads on a layer."""
+    heads = HEADS if layer != "mix" else HEADS.replace("ridge,ridge-mean,", "")
+    return ["--head", heads, "--layer", layer, "--seeds", plan.seeds, "--depths", depths, *plan.train]
+
+
+def sourced(model: Path, task: str, files: dict[str, Path], plan: Plan) -> list[str]:
+    """The options that say which texts which LLM reads, and how."""
+    data = [word for split, path in files.items() for word in ("--data", f"{split}={path}")]
+    return ["--model", str(model), "--task", task, *data, *plan.compute]
+
+
+@dataclass(frozen=True)
+class Search:
+    """The learning rate of each method of tuning for one LLM: a short training at each of a few, on one data set."""
+
+    home: Path
+    backbone: str
+    source: list[str]
+    rates: tuple[str, ...]
+    more: tuple[str, ...]
+    noted: Path
+    """Validation NRMSE by method and rate, once they are known."""
+
+    def steps(self) -> list[Step]:
+        """What has to be run, if anything."""
+        if self.noted.exists():
+            return []
+        found = []
+        for method in METHODS:
+            for rate in self.rates:
+                words = ["tune", str(self._folder(method, rate)), *self.source, "--method", method, "--lr", rate]
+                # A rate at which the loss is no longer finite ends with an error, and is not chosen.
+                found.append(Step(f"{self.backbone}-search-{method}-{rate}", [*words, *self.more], may_fail=True))
+        return found
+
+    def rate(self, method: str) -> list[str]:
+        """The option that gives a method the best of its rates."""
+        with _CHOOSING:
+            if not self.noted.exists():
+                found = {method: self._figures(method) for method in METHODS}
+                self.noted.parent.mkdir(parents=True, exist_ok=True)
+                part = self.noted.with_suffix(".part")
+                part.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+                part.replace(self.noted)
+        by_rate = json.loads(self.noted.read_text(encoding="utf-8"))[method]
+        return ["--lr", min(by_rate, key=by_rate.__getitem__)]
+
+    def _folder(self, method: str, rate: str) -> Path:
+        return self.home / f"{method}-{rate}"
+
+    def _figures(self, method: str) -> dict[str, float]:
+        tuned = {rate: self._folder(method, rate) / "tune.json" for rate in self.rates}
+        found = {rate: json.loads(path.read_text())["val"]["nrmse"] for rate, path in tuned.items() if path.exists()}
+        if not found:
+            raise SystemExit(f"no rate of {method} gave an adapter; see the logs of the search")
+        return found
+
+
+_CHOOSING = threading.Lock()
+
+
+def resolved(model: Path, layers: str) -> list[str]:
+    """Layers as indices, and their mix where there are several."""
+    from transformers import AutoConfig
+
+    from relish.extract.backbone import resolve_layers
+    from relish.extract.settings import parse_layers
+
+    depth = AutoConfig.from_pretrained(model).num_hidden_layers
+    found = resolve_layers(parse_layers(layers), depth)
+    return [*map(str, found), *(["mix"] if len(found) > 1 else [])]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .tree import ALL, Seen, Tokens, takes_trees, tree_logits
+from .tree import Seen, Tokens, plant, takes_trees, tree_logits
 
 if TYPE_CHECKING:
     import torch
@@ -94,9 +94,9 @@ def score_candidates(
 ) -> "torch.Tensor":
     """log p(candidate | prompt), every token of a candidate scored in full; differentiable.
 
-    One forward pass for all: each prompt is followed by the tree of its candidates, which share the tokens that they
-    begin with, and each token sees its own prompt and its own candidate only. Of architectures that cannot take such
-    masks, one pass per candidate.
+    One forward pass for all: what the prompts begin with, and then the rest of each, followed by the tree of its
+    candidates, which share the tokens that they begin with. Each token sees its own prompt and its own candidate only.
+    Of architectures that cannot take such masks, one pass per candidate.
 
     Args:
         model: a causal LM of transformers, with or without peft's adapters.
@@ -122,12 +122,13 @@ def score_candidates(
         for node in nodes
     ]
     begin = prefix.length if prefix is not None else 0
-    pieces: list[Tokens] = []
+    trunk, own = plant(prompts, begin)
+    pieces = [trunk]
     keep: list[int] = []
-    total = 0
-    for row, prompt in enumerate(prompts):
-        end = begin + len(prompt)
-        pieces.append(Tokens.of(prompt, position=np.arange(begin, end), row=row, branches=ALL))
+    total = len(trunk.ids)
+    for row, rest in enumerate(own):
+        end = begin + len(prompts[row])
+        pieces.append(rest)
         pieces.append(
             Tokens.of(
                 np.array([node[-1] for node in nodes], dtype=np.int64),
@@ -136,9 +137,9 @@ def score_candidates(
                 branches=np.array(members, dtype=np.int64),
             )
         )
-        last = total + len(prompt) - 1
+        last = total + len(rest.ids) - 1
         keep += range(last, last + 1 + len(nodes))
-        total += len(prompt) + len(nodes)
+        total += len(rest.ids) + len(nodes)
     seen = prefix.fork() if prefix is not None else None
     logits = tree_logits(model, Tokens.join(pieces), keep, seen=seen).float()
     logits = logits.view(len(prompts), 1 + len(nodes), -1)

@@ -17,9 +17,9 @@ from .batches import Budget, run_in_batches
 from .generator import NEW_TOKENS, Generator, refuse_encoder
 from .rows import SplitData
 from .settings import ExtractSettings
-from .shots import TRAIN, Prompts, choose_examples, common_prefix
+from .shots import TRAIN, Prompts, choose_examples
 from .sources import TextData
-from .tree import Seen, pack_size
+from .tree import Seen, common_prefix, pack_size
 
 if TYPE_CHECKING:
     from .pipeline import Progress

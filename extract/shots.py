@@ -159,13 +159,3 @@ class Prompts:
         for example in self._examples[:shots]:
             digest.update(f"{example.text}\0{example.answer}\0".encode())
         return digest.hexdigest()
-
-
-def common_prefix(rows: Sequence[np.ndarray]) -> int:
-    """How many tokens all rows begin with; one less than the shortest row at most, so that each has one of its own."""
-    length = min(len(row) for row in rows) - 1
-    for row in rows[1:]:
-        different = np.flatnonzero(rows[0][:length] != row[:length])
-        if len(different):
-            length = int(different[0])
-    return length

@@ -48,6 +48,34 @@ class Tokens:
         return cls(*(np.concatenate([getattr(piece, field) for piece in pieces]) for field in fields))
 
 
+def common_prefix(rows: Sequence[np.ndarray]) -> int:
+    """How many tokens all rows begin with; one less than the shortest row at most, so that each has one of its own."""
+    length = min(len(row) for row in rows) - 1
+    for row in rows[1:]:
+        different = np.flatnonzero(rows[0][:length] != row[:length])
+        if len(different):
+            length = int(different[0])
+    return length
+
+
+def plant(rows: Sequence[np.ndarray], begin: int = 0) -> tuple[Tokens, list[Tokens]]:
+    """Rows as a tree.
+
+    Args:
+        rows: B arrays of token ids, each of one at least.
+        begin: tokens that were read before them.
+
+    Returns:
+        What all of them begin with, which may be nothing, and the rest of each: one token at least.
+    """
+    shared = common_prefix(rows)
+    trunk = Tokens.of(rows[0][:shared], position=np.arange(begin, begin + shared), row=ALL, branches=ALL)
+    return trunk, [
+        Tokens.of(ids[shared:], position=np.arange(begin + shared, begin + len(ids)), row=row, branches=ALL)
+        for row, ids in enumerate(rows)
+    ]
+
+
 def pack_size(device: str) -> int:
     """Tokens that are best run at once on a kind of device, where they have no long beginning in common.
 
@@ -116,20 +144,27 @@ def tree_logits(model: Any, tokens: Tokens, keep: Sequence[int], *, seen: Seen |
     """
     import torch
 
-    device = model.device
     keys = Tokens.join([seen.tokens, tokens]) if seen is not None else tokens
-    kept = torch.tensor(list(keep), device=device)
+    kept = torch.tensor(list(keep), device=model.device)
     more = {"past_key_values": seen.past, "use_cache": True} if seen is not None else {"use_cache": False}
-    logits = model(
-        input_ids=torch.as_tensor(tokens.ids, device=device)[None],
-        position_ids=torch.as_tensor(tokens.position, device=device)[None],
-        attention_mask=_masks(model, tokens, keys),
-        logits_to_keep=kept,
-        **more,
-    ).logits[0]
+    logits = model(**_inputs(model, tokens, keys), logits_to_keep=kept, **more).logits[0]
     if seen is not None:
         seen.tokens = keys
     return logits if len(logits) == len(kept) else logits[kept]
+
+
+def tree_states(model: Any, tokens: Tokens, keep: Sequence[int]) -> "torch.Tensor":
+    """Run n tokens of a tree through a model without LM head.
+
+    Args:
+        model: the body of a causal LM that `takes_trees`.
+        tokens: the tokens; a token comes after those it sees.
+        keep: of which of them the state after the final norm is wanted.
+
+    Returns:
+        (len(keep), D) in the compute dtype.
+    """
+    return model(**_inputs(model, tokens, tokens), use_cache=False).last_hidden_state[0, list(keep)]
 
 
 def takes_trees(model: Any) -> bool:
@@ -171,9 +206,19 @@ def _same_as_alone(model: Any) -> bool:
         # A model that cannot take masks or positions of ours says so in whatever way its code does.
         return False
     finally:
-        del _tested[model]
+        _tested.pop(model, None)  # not there yet if memory ran out at once
         for module, mode in modes:
             module.training = mode
+
+
+def _inputs(model: Any, tokens: Tokens, keys: Tokens) -> dict[str, Any]:
+    import torch
+
+    return {
+        "input_ids": torch.as_tensor(tokens.ids, device=model.device)[None],
+        "position_ids": torch.as_tensor(tokens.position, device=model.device)[None],
+        "attention_mask": _masks(model, tokens, keys),
+    }
 
 
 def _masks(model: Any, queries: Tokens, keys: Tokens) -> Any:

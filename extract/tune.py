@@ -20,6 +20,7 @@ from .files import find_backbone
 from .generator import refuse_encoder
 from .pipeline import check_lengths, choose_max_length, made_by
 from .sources import TextData, load_texts
+from .tree import pack_size
 from .tune_loop import Examples, Listener, tune
 from .tune_methods import HEAD, Answers, Method, raft_method, regression_method
 from .tune_rows import TuneRows, choose_rows
@@ -140,7 +141,7 @@ def _tune(
         settings=settings,
         label_range=data.label_range,
         device=backbone.device,
-        slots=backbone.default_batch_tokens,
+        slots=pack_size(backbone.device.type),
         save=lambda: state.save(folder / CHECKPOINT, setup),
         listener=listener,
     )

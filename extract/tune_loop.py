@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..cache.errors import AdapterError, BackboneError
-from .batches import Budget, out_of_memory, run_in_batches
+from ..cache.errors import AdapterError
+from .batches import Budget, run_in_batches
 from .tune_methods import Method
 from .tune_settings import TuneSettings
 from .tune_state import EpochRecord, TuneState
@@ -81,18 +81,19 @@ def tune(
         settings: the recipe.
         label_range: for the NRMSE.
         device: where the model is.
-        slots: token slots of a validation batch, padding included.
+        slots: tokens of one pass; a step's rows go through in as many passes as they need, their gradients summed up.
         save: makes `state` durable; called after each epoch, and every few minutes in between.
         listener: hears of epochs and progress.
 
     Raises:
         AdapterError: when the loss or a prediction is no longer finite.
-        BackboneError: when a batch does not fit the memory.
+        BackboneError: when a single row does not fit the memory.
     """
     per_epoch = math.ceil(len(train) / settings.batch_size)
     steps = settings.epochs * per_epoch
     if listener is not None:
         _announce(listener, state, train, val, settings, per_epoch)
+    budget = Budget(slots)
     saved = lap = time.perf_counter()
     while state.step < steps:
         epoch, begin = divmod(state.step, per_epoch)
@@ -103,7 +104,7 @@ def tune(
             torch.manual_seed(_seed_of(settings.seed, state.step))
             target = torch.from_numpy(train.target[batch]).float().to(device)
             rows = train.of(batch)
-            loss = _take_step(method, state, rows, target, loss=settings.own_loss)
+            loss = _take_step(method, state, rows, target, loss=settings.own_loss, budget=budget)
             state.step += 1
             state.loss_sum += loss * len(batch)
             now = time.perf_counter()
@@ -113,7 +114,7 @@ def tune(
             if now - saved >= SAVE_SECONDS and state.step % per_epoch:
                 save()
                 saved = time.perf_counter()
-        predictions = predict(model, method, val, slots, listener)
+        predictions = predict(model, method, val, budget, listener)
         if not np.isfinite(predictions).all():
             raise _diverged(state.step)
         nrmse, pearson = figures(val.target, predictions, label_range)
@@ -131,12 +132,11 @@ def tune(
 
 
 def predict(
-    model: nn.Module, method: Method, rows: Examples, slots: int, listener: Listener | None = None
+    model: nn.Module, method: Method, rows: Examples, budget: Budget, listener: Listener | None = None
 ) -> np.ndarray:
     """Predictions (N,) float64, in the unit of the labels."""
     model.eval()
-    order = sorted(range(len(rows)), key=lambda row: -len(rows.tokens[row]))
-    lengths = [len(rows.tokens[row]) for row in order]
+    order, lengths = _longest_first(rows.tokens, method)
 
     def forward(batch: range) -> Any:
         # Not inference_mode: what a model keeps of such a pass could not take part in training any more.
@@ -144,11 +144,18 @@ def predict(
             return method.predict(rows.of(order[batch.start : batch.stop])).cpu().double().numpy()
 
     predictions = np.empty(len(rows))
-    for batch, values in run_in_batches(lengths, Budget(slots), forward):
-        predictions[order[batch.start : batch.stop]] = values
+    for batch, values in run_in_batches(lengths, budget, forward):
+        chosen = order[batch.start : batch.stop]
+        predictions[chosen] = values
         if listener is not None:
-            listener.advance(len(batch), sum(lengths[batch.start : batch.stop]))
+            listener.advance(len(batch), sum(map(len, rows.of(chosen))))
     return predictions
+
+
+def _longest_first(rows: list[np.ndarray], method: Method) -> tuple[list[int], list[int]]:
+    """An order for passes without much padding, and the tokens of each row in that order."""
+    order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
+    return order, [len(rows[row]) + method.more for row in order]
 
 
 def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -182,25 +189,33 @@ def describe(record: EpochRecord, epochs: int) -> str:
     )
 
 
-def _take_step(method: Method, state: TuneState, rows: list[np.ndarray], target: Tensor, *, loss: str) -> float:
-    loss_of = nn.HuberLoss() if loss == "huber" else nn.MSELoss()
-    try:
-        value = loss_of(method.predict(rows) / method.unit, target / method.unit)
+def _take_step(
+    method: Method, state: TuneState, rows: list[np.ndarray], target: Tensor, *, loss: str, budget: Budget
+) -> float:
+    loss_of = (nn.HuberLoss if loss == "huber" else nn.MSELoss)(reduction="sum")
+    parameters = list(state.parameters.values())
+    order, lengths = _longest_first(rows, method)
+
+    def backward(batch: range) -> float:
+        chosen = order[batch.start : batch.stop]
+        predictions = method.predict([rows[row] for row in chosen])
+        value = loss_of(predictions / method.unit, target[chosen] / method.unit) / len(rows)
         if not value.isfinite():
             raise _diverged(state.step)
-        state.optimizer.zero_grad()
-        value.backward()
-        nn.utils.clip_grad_norm_(state.parameters.values(), 1.0)
-        state.optimizer.step()
-    except Exception as error:
-        if not out_of_memory(error):
-            raise
-        longest = max(map(len, rows))
-        raise BackboneError(
-            f"out of memory on a batch of {len(rows)} rows of at most {longest:,} tokens; use a smaller --batch-size, "
-            "or a device with more memory"
-        ) from None
-    return value.item()
+        # Not backward(): where memory runs out half-way it would leave half of a pass's gradients, and a pass is tried
+        # again.
+        for parameter, gradient in zip(
+            parameters, torch.autograd.grad(value, parameters, allow_unused=True), strict=True
+        ):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        return value.item()
+
+    state.optimizer.zero_grad()
+    total = sum(value for _, value in run_in_batches(lengths, budget, backward))
+    nn.utils.clip_grad_norm_(parameters, 1.0)
+    state.optimizer.step()
+    return total
 
 
 def _diverged(step: int) -> AdapterError:

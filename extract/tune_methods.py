@@ -19,7 +19,7 @@ from .adapter import Adapter
 from .backbone import Backbone
 from .candidates import score_candidates
 from .shots import Prompts
-from .tree import pack_size
+from .tree import Tokens, plant, takes_trees, tree_states
 
 HEAD = "head.safetensors"
 
@@ -32,6 +32,8 @@ class Method:
     """B arrays of token ids to (B,) float32 scores in the unit of the labels, on the backbone's device."""
     unit: float
     """The size of an error of 1: a learning rate then means the same on every label range."""
+    more: int = 0
+    """Tokens that the LLM reads with each row besides its own."""
     head: "RegressionHead | None" = None
     """What is trained beside the adapter."""
 
@@ -72,7 +74,12 @@ def regression_method(model: Any, backbone: Backbone, target: np.ndarray) -> Met
     head.std.fill_(float(target.std()) or 1.0)
 
     def predict(rows: Sequence[np.ndarray]) -> Tensor:
-        return head(*backbone.last_states(model.base_model, rows))
+        if not takes_trees(model):
+            return head(*backbone.last_states(model.base_model, rows))
+        trunk, own = plant(rows)
+        ends = np.cumsum([len(tokens.ids) for tokens in (trunk, *own)])[1:] - 1
+        states = tree_states(model.base_model, Tokens.join([trunk, *own]), ends.tolist())[:, None]
+        return head(states, torch.ones(states.shape[:2], dtype=torch.bool, device=states.device))
 
     return Method(predict, unit=float(head.std), head=head)
 
@@ -131,16 +138,8 @@ def raft_method(model: Any, backbone: Backbone, answers: Answers, label_range: t
     pad = backbone.pad_token(model)
     values = torch.tensor(answers.values, dtype=torch.float32, device=backbone.device)
 
-    more = sum(len(tokens) - 1 for tokens in answers.tokens)
-    size = pack_size(backbone.device.type)
-
     def predict(rows: Sequence[np.ndarray]) -> Tensor:
-        packs: list[list[np.ndarray]] = [[]]
-        for row in rows:
-            if packs[-1] and sum(len(other) + more for other in [*packs[-1], row]) > size:
-                packs.append([])
-            packs[-1].append(row)
-        scores = [score_candidates(model, pack, answers.tokens, pad=pad) for pack in packs]
-        return torch.cat(scores).exp() @ values
+        return score_candidates(model, rows, answers.tokens, pad=pad).exp() @ values
 
-    return Method(predict, unit=label_range[1] - label_range[0])
+    more = sum(len(tokens) - 1 for tokens in answers.tokens)
+    return Method(predict, unit=label_range[1] - label_range[0], more=more)

@@ -373,12 +373,12 @@ def test_a_loss_or_a_prediction_that_is_not_finite_ends_it(tune_settings, tmp_pa
 
 
 def test_memory_that_runs_out_is_said(tune_settings, tmp_path, room):
-    room(4)
+    room(0)
     with pytest.raises(BackboneError) as caught:
         tune_adapter(tmp_path / "a", tune_settings())
     assert re.fullmatch(
-        r"out of memory on a batch of 8 rows of at most \d+ tokens; use a smaller --batch-size, or a device with more "
-        "memory",
+        r"out of memory on a single row of \d+ tokens; use --max-length with --truncate, a smaller --compute-dtype, or "
+        "a device with more memory",
         str(caught.value),
     )
 

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,10 +12,11 @@ from relish.cache.readouts import load_readouts
 from relish.extract import tune_methods
 from relish.extract.adapter import read_adapter
 from relish.extract.backbone import Backbone
+from relish.extract.batches import Budget
 from relish.extract.files import find_backbone
 from relish.extract.pipeline import extract_cache
 from relish.extract.settings import ExtractSettings
-from relish.extract.tree import takes_trees
+from relish.extract.tree import common_prefix, takes_trees
 from relish.extract.tune import add_adapter
 from relish.extract.tune_loop import _take_step
 from relish.extract.tune_methods import (
@@ -69,16 +71,15 @@ def test_raft_by_hand(monkeypatch):
 
     Against 3 and 1 on a range of 5: ((1 / 5)² + (0.875 / 5)²) / 2 = 0.0353125.
     """
-    log_p = torch.tensor([[0.1, 0.2, 0.3], [0.5, 0.25, 0.25]]).log().requires_grad_()
+    log_p = torch.nn.Parameter(torch.tensor([[0.1, 0.2, 0.3], [0.5, 0.25, 0.25]]).log())
     monkeypatch.setattr(tune_methods, "score_candidates", lambda *_, **__: log_p)
     backbone = SimpleNamespace(pad_token=lambda _: 0, device=torch.device("cpu"))
     answers = Answers(None, [0.0, 2.5, 5.0], [])  # type: ignore[arg-type]
     method = raft_method(None, backbone, answers, RANGE)  # type: ignore[arg-type]
     rows = [np.array([1]), np.array([2])]
     torch.testing.assert_close(method.predict(rows), torch.tensor([2.0, 1.875]))
-    weight = torch.nn.Parameter(torch.zeros(1))
-    state = TuneState({"w": weight}, torch.optim.AdamW([weight]))
-    loss = _take_step(method, state, rows, torch.tensor([3.0, 1.0]), loss="mse")
+    state = TuneState({"log_p": log_p}, torch.optim.AdamW([log_p]))
+    loss = _take_step(method, state, rows, torch.tensor([3.0, 1.0]), loss="mse", budget=Budget(512))
     assert loss == pytest.approx(0.0353125)
     # d loss / d log p(c) = 2 · (ŷ − y) / 25 / 2 · c · p(c)
     expected = [[-1 / 25 * c * p for c, p in ((0, 0.1), (2.5, 0.2), (5, 0.3))]]
@@ -128,6 +129,104 @@ def test_a_chats_answer_ends_its_turn(tiny_model):
     assert backbone.tokenizer.decode(row) == "<s>user: Rate: warm\nScore:</s><s>assistant:"
 
 
+# A step in several passes
+
+
+def methods_of(backbone, model):
+    answers = Answers.over(RANGE, backbone=backbone, prompt=PROMPT, chat_template=False)
+    lora = regression_method(model, backbone, np.array([1.0, 4.0]))
+    with torch.no_grad():
+        lora.head.weight.copy_(torch.linspace(-1, 1, 32))
+    return {"lora": lora, "raft": raft_method(model, backbone, answers, RANGE)}
+
+
+def gradients_of_a_step(method, parameters, rows, slots):
+    """Loss and clipped gradients; a learning rate of 0 leaves the weights."""
+    state = TuneState(parameters, torch.optim.AdamW(list(parameters.values()), lr=0.0, weight_decay=0.0))
+    target = torch.tensor([0.5, 4.0, 2.0, 5.0])
+    loss = _take_step(method, state, rows, target, loss="huber", budget=Budget(slots))
+    return loss, [parameter.grad.clone() for parameter in parameters.values()]
+
+
+@pytest.mark.parametrize("name", ["lora", "raft"])
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "gpt2"])
+def test_a_step_is_the_same_in_any_number_of_passes(adapted, tiny_rows, arch, name):
+    backbone, model, parameters = adapted(arch)
+    method, rows = methods_of(backbone, model)[name], rows_of(backbone, tiny_rows)
+    passes = []
+
+    def counted(some):
+        passes.append(len(some))
+        return method.predict(some)
+
+    found = [gradients_of_a_step(replace(method, predict=counted), parameters, rows, slots) for slots in (4096, 1)]
+    assert passes == [4, 1, 1, 1, 1]
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    for ours, theirs in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_a_pass_that_does_not_fit_the_memory_is_halved_and_leaves_no_gradient(adapted, tiny_rows):
+    """Memory runs out in the middle of going backward, when the first gradients are there already."""
+    backbone, model, parameters = adapted("llama")
+    method, rows = methods_of(backbone, model)["lora"], rows_of(backbone, tiny_rows)
+    expected = gradients_of_a_step(method, parameters, rows, 4096)
+    tried = []
+
+    class Full(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, states):
+            ctx.rows = len(states)
+            return states.clone()
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            tried.append(ctx.rows)
+            if ctx.rows > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return gradients[0]
+
+    def predict(some):
+        return method.predict(some) + Full.apply(parameters_sum.expand(len(some))) * 0
+
+    parameters_sum = next(iter(parameters.values())).sum()
+    parameters_sum = parameters_sum.detach().requires_grad_()
+    got = gradients_of_a_step(replace(method, predict=predict), {**parameters, "sum": parameters_sum}, rows, 4096)
+    assert tried == [4, 2, 2]
+    assert got[0] == pytest.approx(expected[0], rel=1e-5)
+    for ours, theirs in zip(got[1], expected[1], strict=False):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "gpt2"])
+def test_the_regression_reads_what_all_rows_begin_with_once(adapted, tiny_rows, monkeypatch, arch):
+    """The same as padded rows, in values and gradients, in fewer tokens than they have together."""
+    backbone, model, parameters = adapted(arch)
+    method, rows = methods_of(backbone, model)["lora"], rows_of(backbone, tiny_rows)
+    read = []
+    real = tune_methods.tree_states
+    monkeypatch.setattr(
+        tune_methods, "tree_states", lambda body, tokens, keep: read.append(len(tokens.ids)) or real(body, tokens, keep)
+    )
+    ours = method.predict(rows)
+    shared = common_prefix(rows)
+    assert shared > 1
+    assert read == [sum(map(len, rows)) - 3 * shared]
+    theirs = method.head(*backbone.last_states(model.base_model, rows))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    gradients = [torch.autograd.grad(scores.square().sum(), list(parameters.values())) for scores in (ours, theirs)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_an_architecture_that_cannot_take_trees_is_padded(adapted, tiny_rows, monkeypatch):
+    backbone, model, _ = adapted("llama")
+    method, rows = methods_of(backbone, model)["lora"], rows_of(backbone, tiny_rows)
+    expected = method.predict(rows)
+    monkeypatch.setattr(tune_methods, "takes_trees", lambda _model: False)
+    torch.testing.assert_close(method.predict(rows), expected, rtol=1e-5, atol=1e-5)
+
+
 # The regression head
 
 
@@ -164,14 +263,13 @@ def test_batch_mates_change_nothing(adapted, tiny_rows, arch):
 
 
 def test_huber_and_mse_on_standardised_targets():
-    prediction = torch.tensor([1.0, 6.0]).requires_grad_()
-    method = Method(lambda _: prediction, unit=2.0)
-    weight = torch.nn.Parameter(torch.zeros(1))
     rows = [np.array([1])] * 2
     losses = {}
     for loss in ("huber", "mse"):
-        state = TuneState({"w": weight}, torch.optim.AdamW([weight]))
-        losses[loss] = _take_step(method, state, rows, torch.tensor([2.0, 2.0]), loss=loss)
+        prediction = torch.nn.Parameter(torch.tensor([1.0, 6.0]))
+        method = Method(lambda _, prediction=prediction: prediction * 1, unit=2.0)
+        state = TuneState({"w": prediction}, torch.optim.AdamW([prediction]))
+        losses[loss] = _take_step(method, state, rows, torch.tensor([2.0, 2.0]), loss=loss, budget=Budget(512))
     # Errors of -0.5 and 2 deviations.
     assert losses == {"huber": pytest.approx((0.125 + 1.5) / 2), "mse": pytest.approx((0.25 + 4) / 2)}
 

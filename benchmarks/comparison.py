@@ -38,7 +38,7 @@ from comparison_plan import (
     sourced,
     tuned_steps,
 )
-from recipe_tables import MSE, recipe_tables
+from recipe_tables import LOSS, recipe_tables
 
 FILES = {
     "stsb": {"train": "stsb/train.csv", "val": "stsb/dev.csv", "test": "stsb/test.csv"},
@@ -153,7 +153,7 @@ def main() -> None:
     homes = unpack(kept, work)
     if not homes:
         sys.exit(f"nothing is kept in {kept} yet: name a task to run")
-    reports = sorted(path.parent for home in homes for path in home.glob("*/results.json") if path.parent.name != MSE)
+    reports = sorted(path.parent for home in homes for path in home.glob("*/results.json") if path.parent.name != LOSS)
     command = [sys.executable, "-m", "relish", "compare", *reports, "--paper", "--out", str(work / "comparison")]
     code = subprocess.run(command, check=False).returncode
     if code != 0:

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 from commands import Step
-from recipe_tables import MSE
 
 PARTS = ("frozen", "prompted", "tuned")
 HEADS = "linear,linear-last,mlp,mlp-last,attention,ridge,ridge-mean,relish"
@@ -29,7 +28,7 @@ class Plan:
     depths: str = "1-5"
     """On the mix of the layers."""
     depth: str = "3"
-    """On each single layer; and where squared error is compared with Huber, at the middle one."""
+    """On each single layer; and where Huber is compared with squared error, at the middle one."""
     tuned_depths: str = "1,3,5"
     seeds: str = "0-2"
     rates: tuple[str, ...] = ("1e-4", "3e-4", "1e-3")
@@ -76,7 +75,7 @@ class Cell:
 
 
 def frozen_steps(cell: Cell, plan: Plan) -> list[Step]:
-    """Heads on the frozen LLM: at each layer, and on the mix of them; squared error in place of Huber."""
+    """Heads on the frozen LLM: at each layer, and on the mix of them; Huber in place of squared error."""
     layers = resolved(cell.model, plan.layers)
     found = [cell.extract("frozen", "--layers", plan.layers)]
     for layer in layers:
@@ -84,7 +83,7 @@ def frozen_steps(cell: Cell, plan: Plan) -> list[Step]:
         found += cell.heads(f"frozen-{layer}", "frozen", *grid(layer, depths, plan))
     single = [layer for layer in layers if layer != "mix"]
     middle = ["--head", "relish", "--depths", plan.depth, "--seeds", plan.seeds, "--layer", single[len(single) // 2]]
-    return [*found, *cell.heads(MSE.removesuffix("-report"), "frozen", *middle, "--loss", "mse", *plan.train)]
+    return [*found, *cell.heads("loss", "frozen", *middle, "--loss", "huber", *plan.train)]
 
 
 def prompted_steps(cell: Cell, plan: Plan) -> list[Step]:

@@ -6,8 +6,8 @@ from typing import Any
 
 from measure import table
 
-MSE = "mse-report"
-"""The report on squared error, which is no part of the comparison."""
+LOSS = "loss-report"
+"""The report on the other loss, which is no part of the comparison."""
 
 
 def recipe_tables(homes: list[Path], heads_shown: list[str]) -> str:
@@ -15,17 +15,20 @@ def recipe_tables(homes: list[Path], heads_shown: list[str]) -> str:
     layers, losses = [], []
     for home in homes:
         reports = {path.parent.name: json.loads(path.read_text()) for path in sorted(home.glob("*/results.json"))}
-        if MSE not in reports:
+        if LOSS not in reports:
             continue  # what is kept is of other parts
-        squared = next(group for group in reports[MSE]["groups"] if group["head"] == "relish")
+        other = next(group for group in reports[LOSS]["groups"] if group["head"] == "relish")
         for name, report in reports.items():
             if not name.startswith("frozen-"):
                 continue
-            heads = {group["head"]: group for group in report["groups"] if group["depth"] in (0, squared["depth"])}
+            heads = {group["head"]: group for group in report["groups"] if group["depth"] in (0, other["depth"])}
             layer = report["meta"]["layer"]
             layers.append([home.name, layer, *(_figures(heads.get(head)) for head in heads_shown)])
-            if layer == reports[MSE]["meta"]["layer"]:
-                losses.append([home.name, layer, squared["depth"], _figures(heads["relish"]), _figures(squared)])
+            if layer == reports[LOSS]["meta"]["layer"]:
+                figures = {report["meta"]["loss"]: heads["relish"], reports[LOSS]["meta"]["loss"]: other}
+                losses.append(
+                    [home.name, layer, other["depth"], *(_figures(figures[loss]) for loss in ("huber", "mse"))]
+                )
     return (
         f"Validation / test NRMSE × 100, relish at the depth of the second table:\n\n"
         f"{table(['', 'layer', *heads_shown], layers)}\n\n"

@@ -74,7 +74,7 @@ def train_plainly(
         return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    loss_of = nn.HuberLoss()
+    loss_of = nn.MSELoss()
     head.train()
     source = iter(batches)
 

@@ -4,7 +4,7 @@
     python benchmarks/rival_cell.py CACHE --depth 3 --seed 0 --layer 20 --epochs 5 --sample 100
 
 The plain head (rival.py) with relish's recipe: the same rows in the same batches and order, read ahead in a thread by
-relish's reader; hidden states standardised as they come; AdamW with warm-up and cosine, gradients clipped, Huber loss;
+relish's reader; hidden states standardised as they come; AdamW with warm-up and cosine, gradients clipped, squared error;
 validated after each epoch, and the best epoch is kept. It prints one JSON object. With --sample it takes so many steps
 and validates once, to see how long these take.
 """

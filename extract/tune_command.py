@@ -55,7 +55,7 @@ def tune(
     epochs: Annotated[int, typer.Option(help="Passes over the training rows; the best is kept.")] = 3,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate; default the method's own, 3e-4.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 16,
-    loss: Annotated[str | None, typer.Option(help="Of the method lora: huber (default) or mse.")] = None,
+    loss: Annotated[str | None, typer.Option(help="Of the method lora: mse (default) or huber.")] = None,
     rows: Annotated[
         int | None, typer.Option(help="Train on so many rows only, drawn at random, the same for every seed.")
     ] = None,

@@ -37,7 +37,7 @@ class TuneSettings(TextSettings):
     batch_size: int = 16
     """Rows per step."""
     loss: str | None = None
-    """Of the method lora: huber (δ = 1, what None stands for) or mse, on standardised targets."""
+    """Of the method lora: mse (what None stands for) or huber (δ = 1), on standardised targets."""
     rows: int | None = None
     """Train on so many rows only, drawn once and for all: the same ones for every seed."""
     seed: int = 0
@@ -68,4 +68,4 @@ class TuneSettings(TextSettings):
     @property
     def own_loss(self) -> str:
         """The loss it comes to."""
-        return self.loss or ("huber" if self.method == "lora" else "mse")
+        return self.loss or "mse"

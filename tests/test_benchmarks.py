@@ -91,7 +91,7 @@ def test_comparison(tmp_path):
     for method, by_rate in json.loads((kept / "rates-tiny.json").read_text()).items():
         best = min(by_rate, key=by_rate.get)
         assert (work / "done" / f"stsb-tiny-tune-{method}").read_text().splitlines()[0].endswith(f"--lr {best}")
-    assert {"frozen-2-report", "mse-report"} <= {path.name for path in (work / "unpacked" / "stsb-tiny").iterdir()}
+    assert {"frozen-2-report", "loss-report"} <= {path.name for path in (work / "unpacked" / "stsb-tiny").iterdir()}
     assert "| stsb-tiny | 2 | 1 |" in (work / "comparison" / "recipe.md").read_text()
 
 

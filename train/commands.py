@@ -24,7 +24,7 @@ def train(
     epochs: Annotated[int, typer.Option(help="Passes over the training rows, at most.")] = TrainSettings.epochs,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate; default each head's own.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows per step.")] = TrainSettings.batch_size,
-    loss: Annotated[str, typer.Option(help="huber or mse.")] = TrainSettings.loss,
+    loss: Annotated[str, typer.Option(help="mse or huber.")] = TrainSettings.loss,
     weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = TrainSettings.weight_decay,
     dropout: Annotated[
         float, typer.Option(help="On the output of attention and feed-forward layers.")

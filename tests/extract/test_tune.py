@@ -126,7 +126,7 @@ def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(tuned, tu
 
 
 def test_losses_differ(tuned, tune_settings, tmp_path):
-    tune_adapter(tmp_path / "a", tune_settings(loss="mse"))
+    tune_adapter(tmp_path / "a", tune_settings(loss="huber"))
     assert weights(tmp_path / "a")[FILES[1]] != weights(tuned())[FILES[1]]
 
 
@@ -244,7 +244,7 @@ def test_a_finished_adapter_is_left_alone(tuned, tune_settings):
         ({"rank": 4}, "rank is 8 there and 4 here"),
         ({"seed": 3}, "seed is 0 there and 3 here"),
         ({"epochs": 5}, "epochs is 2 there and 5 here"),
-        ({"loss": "mse"}, "loss is 'huber' there and 'mse' here"),
+        ({"loss": "huber"}, "loss is 'mse' there and 'huber' here"),
         ({"rows": 10}, "train_rows is 24 there and 10 here"),
         ({"prompt": "Say: {text}"}, "prompt is 'Rate: {text}\\nScore:' there and 'Say: {text}' here"),
         ({"label_range": (0.0, 6.0)}, "label_range is [0.0, 5.0] there and [0.0, 6.0] here"),

@@ -87,9 +87,9 @@ def test_a_cache_of_another_version_and_one_without_a_training_split(cache, tmp_
 
 def test_an_output_folder_of_another_run(cache, tmp_path):
     assert relish("train", cache, "--out", tmp_path / "runs", *FAST).exit_code == 0
-    result = relish("train", cache, "--out", tmp_path / "runs", *FAST, "--seeds", 1, "--loss", "mse")
+    result = relish("train", cache, "--out", tmp_path / "runs", *FAST, "--seeds", 1, "--loss", "huber")
     assert result.exit_code == 2
-    assert "holds runs of another training: relish-L3-seed0 has loss 'huber', this one 'mse'" in result.stderr
+    assert "holds runs of another training: relish-L3-seed0 has loss 'mse', this one 'huber'" in result.stderr
 
 
 def test_diverged_cells_are_named_and_the_code_is_2(tmp_path):

@@ -148,7 +148,8 @@ def predict_scores(
                 scores = np.empty(len(tokens))
                 order = sorted(range(len(tokens)), key=lambda row: -len(tokens[row]))
                 longest_first = [tokens[row] for row in order]
-                lengths = [len(row) for row in longest_first]
+                read = backbone.read_start(tokens)
+                lengths = [len(row) - read for row in longest_first]
                 for batch, values in run_in_batches(lengths, budget, partial(forward, longest_first)):
                     scores[[order[i] for i in batch]] = values
                 if not np.isfinite(scores).all():

@@ -13,6 +13,7 @@ from .adapter import Adapter, merge_adapter
 from .chat import chat_text, check_chat_template
 from .files import BackboneFiles
 from .heap import keep_freed_memory
+from .start import SHORTEST, Start, close, common_prefix, fork
 
 _TOKENIZE_ROWS = 1000
 _POSITIONS_AFTER_PADDING = {"roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet"}
@@ -74,6 +75,7 @@ class Backbone:
         """Of the whole backbone, without a head for its vocabulary; known once it is loaded."""
         self._model: Any = None
         self._caught: dict[int, Any] = {}
+        self._start: Start | None = None
 
     @property
     def context(self) -> int | None:
@@ -168,7 +170,42 @@ class Backbone:
 
     def release(self) -> None:
         """Forget the weights; `load` loads them again."""
-        self._model = None
+        self._model = self._start = None
+
+    def read_start(self, rows: Sequence[np.ndarray]) -> int:
+        """Read what rows begin with, once; `hidden_states` goes on from there wherever its rows begin so.
+
+        A start is kept only if the shortest row comes out as it does alone: encoders, whose tokens see those that come
+        later, and architectures without a cache of keys and values read every row as a whole.
+
+        Args:
+            rows: N arrays of token ids, all that will be run.
+
+        Returns:
+            How many tokens are read once for all; 0 if none are.
+        """
+        from transformers import DynamicCache
+
+        self.load()
+        self._start = None
+        shared = common_prefix(rows)
+        if shared < SHORTEST or len(rows) == 1:
+            return 0
+        ids, shortest = rows[0][:shared], min(rows, key=len)
+        whole = self.hidden_states([shortest])
+        try:
+            # Without the configuration a cache keeps every token, of layers with a sliding window too.
+            past = DynamicCache()
+            start = Start(ids, past, self._states([ids], past))
+            self._start = start
+            if close(self.hidden_states([shortest]), whole):
+                return shared
+        except Exception:
+            # A model that cannot go on from a cache says so in whatever way its code does; and where memory is short,
+            # nothing is gained by it.
+            pass
+        self._start = None
+        return 0
 
     def read_model(self, factory: str) -> Any:
         """A model with this backbone's weights, the adapter merged into them; frozen, in eval mode, on the CPU.
@@ -233,26 +270,43 @@ class Backbone:
         import torch
 
         self.load()
+        start = self._start
+        if start is None or not start.begins(rows):
+            return self._states(rows)
+        rest = self._states([row[len(start) :] for row in rows], fork(start.past, len(rows)))
+        return torch.cat([start.states.expand(len(rows), -1, -1, -1), rest], dim=2)
+
+    def _states(self, rows: Sequence[np.ndarray], past: Any = None) -> Any:
+        """(B, K, T, D) of B rows that go on from what is in a cache, which grows."""
+        import torch
+
         try:
             with torch.inference_mode():
-                self._caught[self.depth], _ = self.last_states(self._model, rows)
+                self._caught[self.depth], _ = self.last_states(self._model, rows, past)
                 return torch.stack([self._caught[layer] for layer in self.layers], dim=1)
         finally:
             self._caught.clear()  # also when memory ran out: what is kept here could not be freed
 
-    def last_states(self, model: Any, rows: Sequence[np.ndarray]) -> tuple[Any, Any]:
+    def last_states(self, model: Any, rows: Sequence[np.ndarray], past: Any = None) -> tuple[Any, Any]:
         """Run B rows through a model without LM head.
 
         Args:
             model: of `read_model`, placed.
             rows: B arrays of token ids.
+            past: a DynamicCache of what comes before each of them, which grows; None if nothing does.
 
         Returns:
             (B, T, D) hidden states after the final norm, undefined in the padding; (B, T) bool mask, True = real token.
         """
+        import torch
+
         input_ids, mask = self._pad(rows, self.pad_token(model))
-        arguments = {"use_cache": False} if hasattr(self._text_config, "use_cache") else {}
-        output = model(input_ids=input_ids, attention_mask=mask, **arguments)
+        arguments: dict[str, Any] = {"use_cache": False} if hasattr(self._text_config, "use_cache") else {}
+        seen = mask
+        if past is not None:
+            arguments = {"use_cache": True, "past_key_values": past}
+            seen = torch.cat([mask.new_ones(len(rows), past.get_seq_length()), mask], dim=1)
+        output = model(input_ids=input_ids, attention_mask=seen, **arguments)
         return output.last_hidden_state, mask.bool()
 
     def _pad(self, rows: Sequence[np.ndarray], pad: int) -> tuple[Any, Any]:

@@ -50,7 +50,7 @@ class ExtractSummary:
     padding_overhead: float
     """Padded ÷ real token slots."""
     computed_tokens: int
-    """Tokens that went through the backbone this time; fewer than `tokens` when a run is resumed."""
+    """Tokens whose hidden states came out of the backbone this time; fewer than `tokens` when a run is resumed."""
     seconds: float
     """Time from the first forward pass to the last commit."""
     skipped: tuple[tuple[str, SkippedRow], ...] = ()
@@ -156,8 +156,15 @@ def fill_cache(
                 progress.begin(len(todo), sum(todo))
             budget = Budget(settings.batch_tokens or backbone.default_batch_tokens)
             with ShardSink(skip=settings.on_nonfinite == "skip") as sink:
+                started_with, read = None, 0
                 for name, rows, split, number in pending:
-                    computed += _extract_shard(backbone, name, rows, split, number, budget, sink, progress)
+                    if started_with != name:
+                        # Of all rows of the split, the same after an interruption as before it.
+                        read = backbone.read_start(rows.tokens)
+                        started_with = name
+                        if read:
+                            note(f"{name}: the {read:,} tokens that all rows begin with are read once")
+                    computed += _extract_shard(backbone, name, rows, split, number, budget, sink, progress, read)
             seconds = time.perf_counter() - started
             add_speed(folder, maker["device"], rows=len(todo), tokens=computed, seconds=seconds)
     records = [split.record for _, _, split in splits]
@@ -241,6 +248,7 @@ def _extract_shard(
     budget: Budget,
     sink: ShardSink,
     progress: Progress | None,
+    read: int,
 ) -> int:
     members = split.members(number)
     tokens = [rows.tokens[row] for row in members]
@@ -248,7 +256,7 @@ def _extract_shard(
     names = [f"row {row} of {name} (id {rows.ids[row]!r})" for row in members]
     shard = SinkShard(partial(split.shard, number), lengths, names)
     forward = partial(_forward, backbone, tokens, split.dtype.torch)
-    for batch, states in run_in_batches(lengths, budget, forward, sink.drain):
+    for batch, states in run_in_batches([length - read for length in lengths], budget, forward, sink.drain):
         sink.put(shard, batch, *states)
         del states  # the sink alone holds them, and drain waits for it
         if progress is not None:

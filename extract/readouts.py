@@ -19,7 +19,8 @@ from .rows import SplitData
 from .settings import ExtractSettings
 from .shots import TRAIN, Prompts, choose_examples
 from .sources import TextData
-from .tree import Seen, common_prefix, pack_size
+from .start import common_prefix
+from .tree import Seen, pack_size
 
 if TYPE_CHECKING:
     from .pipeline import Progress

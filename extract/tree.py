@@ -5,13 +5,14 @@ the tokens before it on its own path, at the position it has there, so that ever
 There is no padding. (Known as tree attention from speculative decoding, Miao et al., SpecInfer, ASPLOS 2024.)
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
+
+from .start import common_prefix, fork
 
 if TYPE_CHECKING:
     import torch
@@ -46,16 +47,6 @@ class Tokens:
         """One after another."""
         fields = ("ids", "position", "row", "branches")
         return cls(*(np.concatenate([getattr(piece, field) for piece in pieces]) for field in fields))
-
-
-def common_prefix(rows: Sequence[np.ndarray]) -> int:
-    """How many tokens all rows begin with; one less than the shortest row at most, so that each has one of its own."""
-    length = min(len(row) for row in rows) - 1
-    for row in rows[1:]:
-        different = np.flatnonzero(rows[0][:length] != row[:length])
-        if len(different):
-            length = int(different[0])
-    return length
 
 
 def plant(rows: Sequence[np.ndarray], begin: int = 0) -> tuple[Tokens, list[Tokens]]:
@@ -105,10 +96,7 @@ class Seen:
 
     def fork(self) -> "Seen":
         """A second one that may grow without changing this one; keys and values are shared until then."""
-        past = copy.copy(self.past)
-        if past is not None:
-            past.layers = [copy.copy(layer) for layer in past.layers]
-        return Seen(self.tokens, past)
+        return Seen(self.tokens, fork(self.past) if self.past is not None else None)
 
 
 def read_prefix(model: Any, ids: np.ndarray) -> Seen:

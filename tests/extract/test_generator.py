@@ -11,7 +11,8 @@ from relish.extract.backbone import Backbone
 from relish.extract.candidates import answer_ids, candidate_scores, format_score
 from relish.extract.files import find_backbone
 from relish.extract.generator import NEW_TOKENS, Generator, refuse_encoder
-from relish.extract.tree import common_prefix, read_prefix, tree_logits
+from relish.extract.start import common_prefix
+from relish.extract.tree import read_prefix, tree_logits
 
 CAUSAL = ("llama", "qwen3", "gemma3", "gpt2")
 HEAD = "a film so moving and a play so stale\nScore: 3.5\n\n"

@@ -8,7 +8,7 @@ from relish.extract.files import find_backbone
 from relish.extract.generator import NEW_TOKENS
 from relish.extract.rows import SplitData
 from relish.extract.shots import Example, Prompts, choose_examples
-from relish.extract.tree import common_prefix
+from relish.extract.start import common_prefix
 
 EXAMPLES = [Example("one:", "1"), Example("two\n", "2.5"), Example("three:", "3")]
 RANGE = (0.0, 5.0)

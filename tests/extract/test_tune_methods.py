@@ -16,7 +16,8 @@ from relish.extract.batches import Budget
 from relish.extract.files import find_backbone
 from relish.extract.pipeline import extract_cache
 from relish.extract.settings import ExtractSettings
-from relish.extract.tree import common_prefix, takes_trees
+from relish.extract.start import common_prefix
+from relish.extract.tree import takes_trees
 from relish.extract.tune import add_adapter
 from relish.extract.tune_loop import _take_step
 from relish.extract.tune_methods import (

@@ -4,9 +4,9 @@
     python benchmarks/rival_cell.py CACHE --depth 3 --seed 0 --layer 20 --epochs 5 --sample 100
 
 The plain head (rival.py) with relish's recipe: the same rows in the same batches and order, read ahead in a thread by
-relish's reader; hidden states standardised as they come; AdamW with warm-up and cosine, gradients clipped, squared error;
-validated after each epoch, and the best epoch is kept. It prints one JSON object. With --sample it takes so many steps
-and validates once, to see how long these take.
+relish's reader; hidden states standardised as they come; AdamW with warm-up and cosine, gradients clipped, squared
+error; validated after each epoch, and the best epoch is kept. It prints one JSON object. With --sample it takes so many
+steps and validates once, to see how long these take.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from relish.cache.reader import open_cache
 from relish.train.data import feature_moments, ordered_batches, read_ahead, shuffled_batches, training_rows
 from relish.train.metrics import score
 from relish.train.scale import InputScale
-from relish.train.settings import LEARNING_RATES, TrainSettings
+from relish.train.settings import LEARNING_RATES, WEIGHT_DECAYS, TrainSettings
 
 UNCOUNTED = 5  # first steps of a sample, in which memory is still being taken
 
@@ -54,7 +54,7 @@ def train(given: argparse.Namespace) -> dict[str, Any]:
         head,
         batches(),
         LEARNING_RATES["relish"],
-        settings.weight_decay,
+        WEIGHT_DECAYS["relish"],
         steps=settings.epochs * per_epoch,
         warmup=settings.warmup,
     )

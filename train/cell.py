@@ -14,7 +14,7 @@ from ..cache.version import __version__
 from .data import Moments, Rows, feature_moments, ordered_batches, read_ahead, training_rows
 from .diverged import DivergedCell, diverged_path, save_diverged
 from .heads import Head, HeadSpec, build_head, count_parameters
-from .known import comparable, own_lr
+from .known import comparable, own_recipe
 from .loop import Diverged, EpochRecord, best_epoch, predict_rows, train_head
 from .metrics import score
 from .mix import MixedHead
@@ -111,7 +111,8 @@ def _train(training: Training, cell: CellName, listener: Listener | None) -> dic
         torch.manual_seed(cell.seed)
         head = build_head(spec)
         target = train.target
-        lr = own_lr(settings, cell.head)
+        recipe = own_recipe(settings, cell.head)
+        lr, weight_decay = recipe["lr"], recipe["weight_decay"]
         history: list[EpochRecord] = []
         if cell.head in CLOSED_FORM:
             alpha = _fit_ridge(head, train, val, label_range)
@@ -119,6 +120,7 @@ def _train(training: Training, cell: CellName, listener: Listener | None) -> dic
             head.to(device)
         else:
             assert lr is not None
+            assert weight_decay is not None
             head.target_scale.set(float(target.mean()), float(target.std()))
             moments = training.moments_for(head)
             if moments is not None:
@@ -130,6 +132,7 @@ def _train(training: Training, cell: CellName, listener: Listener | None) -> dic
                 val,
                 settings=settings,
                 lr=lr,
+                weight_decay=weight_decay,
                 seed=cell.seed,
                 label_range=label_range,
                 device=device,
@@ -154,7 +157,7 @@ def _train(training: Training, cell: CellName, listener: Listener | None) -> dic
         "head": {name: value for name, value in asdict(spec).items() if value is not None},
         "seed": cell.seed,
         "parameters": count_parameters(head),
-        "settings": {**training.config["settings"], "lr": lr},
+        "settings": {**training.config["settings"], **recipe},
     }
     save_run(training.out / str(cell), head, config={**training.config, **own}, history=history, metrics=metrics)
     return metrics

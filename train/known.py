@@ -9,12 +9,15 @@ from ..cache.lock import LOCK
 from .diverged import DivergedCell, find_diverged
 from .progress import CellName
 from .run import Run, cell_folders, find_runs
-from .settings import CLOSED_FORM, LEARNING_RATES, TrainSettings
+from .settings import CLOSED_FORM, LEARNING_RATES, WEIGHT_DECAYS, TrainSettings
 
 
-def own_lr(settings: TrainSettings, head: str) -> float | None:
-    """The learning rate a head is trained with; None if it is solved instead."""
-    return None if head in CLOSED_FORM else settings.lr or LEARNING_RATES[head]
+def own_recipe(settings: TrainSettings, head: str) -> dict[str, float | None]:
+    """ "lr" and "weight_decay" that a head is trained with; None if it is solved instead."""
+    if head in CLOSED_FORM:
+        return {"lr": None, "weight_decay": None}
+    decay = settings.weight_decay if settings.weight_decay is not None else WEIGHT_DECAYS[head]
+    return {"lr": settings.lr or LEARNING_RATES[head], "weight_decay": decay}
 
 
 def comparable(config: dict[str, Any], settings: TrainSettings, head: str) -> dict[str, Any]:
@@ -23,7 +26,7 @@ def comparable(config: dict[str, Any], settings: TrainSettings, head: str) -> di
         "rows": {name: config[name] for name in ("layer", "label_range", "train_rows")},
         "data": config["data"],
         "identity": config["identity"],
-        "settings": {**config["settings"], "lr": own_lr(settings, head)},
+        "settings": {**config["settings"], **own_recipe(settings, head)},
     }
     return json.loads(json.dumps(parts))
 

@@ -49,6 +49,7 @@ def train_head(
     *,
     settings: TrainSettings,
     lr: float,
+    weight_decay: float,
     seed: int,
     label_range: tuple[float, float],
     device: torch.device,
@@ -66,6 +67,7 @@ def train_head(
         val: rows that decide which epoch is best.
         settings: the recipe.
         lr: highest learning rate; the weights of a mix of layers have one of their own.
+        weight_decay: AdamW's.
         seed: draws the order of the rows.
         label_range: for the NRMSE.
         device: where the head is.
@@ -84,7 +86,7 @@ def train_head(
     generator = np.random.default_rng(seed)
     steps = settings.epochs * math.ceil(len(train) / settings.batch_size)
     faster = {head.weights: MIX_LEARNING_RATE / lr} if isinstance(head, MixedHead) else None
-    optimizer = AdamW(head, weight_decay=settings.weight_decay, faster=faster)
+    optimizer = AdamW(head, weight_decay=weight_decay, faster=faster)
     factor = _warmup_cosine(steps, settings.warmup)
     loss_of = nn.HuberLoss() if settings.loss == "huber" else nn.MSELoss()
     on_cuda = device.type == "cuda"

@@ -29,6 +29,8 @@ LEARNING_RATES = {
     "attention": 1e-2,
 }
 """Each head's own, by the validation split of STS-B; relish's and mlp's by SICK's too (benchmarks/recipe-log.md)."""
+WEIGHT_DECAYS = {"relish": 3.0, "linear": 1.0, "linear-last": 1.0, "mlp": 1.0, "mlp-last": 1.0, "attention": 1.0}
+"""Each head's own, by the validation splits of STS-B, SICK and WMT en-zh."""
 
 MIX: Final = "mix"
 """In place of a layer's index: a mix of all layers of the cache, learned with the head (train/mix.py)."""
@@ -57,8 +59,8 @@ class TrainSettings:
     loss: str = "mse"
     """mse or huber (δ = 1), on standardised targets. Huber predicts the median rather than the mean, which NRMSE and
     skewed labels, such as those of translation quality, do not forgive."""
-    weight_decay: float = 1.0
-    """AdamW's decoupled weight decay."""
+    weight_decay: float | None = None
+    """AdamW's decoupled weight decay; None for each head's own (WEIGHT_DECAYS)."""
     dropout: float = 0.0
     """On the attention's, the FFN's and the MLP's output."""
     warmup: float = 0.05
@@ -118,7 +120,7 @@ class TrainSettings:
             raise SettingsError(f"a seed is at least 0, not {min(self.seeds)}")
         if self.lr is not None and not 0 < self.lr < math.inf:
             raise SettingsError(f"lr must be a number above 0, not {self.lr}")
-        if not 0 <= self.weight_decay < math.inf:
+        if self.weight_decay is not None and not 0 <= self.weight_decay < math.inf:
             raise SettingsError(f"weight_decay must be a number from 0 on, not {self.weight_decay}")
         if self.latent_size % self.num_heads:
             raise SettingsError(

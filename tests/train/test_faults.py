@@ -88,6 +88,7 @@ def test_a_loss_that_is_no_longer_finite_ends_the_cell_within_the_epoch(cache, m
             val,
             settings=settings,
             lr=1e-3,
+            weight_decay=1.0,
             seed=0,
             label_range=(0, 5),
             device=torch.device("cpu"),

@@ -92,6 +92,26 @@ def test_an_output_folder_of_another_run(cache, tmp_path):
     assert "holds runs of another training: relish-L3-seed0 has loss 'mse', this one 'huber'" in result.stderr
 
 
+def test_each_head_has_its_own_rate_and_decay(cache, tmp_path):
+    for folder, more in (("own", ()), ("given", ("--lr", 1e-3, "--weight-decay", 0.5))):
+        result = relish("train", cache, "--out", tmp_path / folder, *FAST, "--head", "relish,linear,ridge", *more)
+        assert result.exit_code == 0, result.stderr
+    found = {
+        (folder, head): json.loads((tmp_path / folder / f"{head}-seed0" / "config.json").read_text())["settings"]
+        for folder in ("own", "given")
+        for head in ("relish-L3", "linear-L0", "ridge-L0")
+    }
+    recipes = {name: (settings["lr"], settings["weight_decay"]) for name, settings in found.items()}
+    assert recipes == {
+        ("own", "relish-L3"): (3e-4, 3.0),
+        ("own", "linear-L0"): (3e-3, 1.0),
+        ("own", "ridge-L0"): (None, None),
+        ("given", "relish-L3"): (1e-3, 0.5),
+        ("given", "linear-L0"): (1e-3, 0.5),
+        ("given", "ridge-L0"): (None, None),
+    }
+
+
 def test_diverged_cells_are_named_and_the_code_is_2(tmp_path):
     cache = write_cache(tmp_path / "c", fill=3e38)
     result = relish("train", cache, "--out", tmp_path / "runs", "--head", "mlp", "--no-standardise", *FAST)

@@ -21,9 +21,7 @@ class Plan:
 
     rows: dict[str, int]
     layers: str = "0.5,0.75,last"
-    """Of the frozen LLM; with several, heads learn from their mix too."""
-    tuned_layers: str = "last"
-    """Of the fine-tuned ones: the layer that they were tuned through."""
+    """Of the LLM, frozen and fine-tuned; with several, heads learn from their mix too."""
     shots: str = "0,128"
     depths: str = "1-5"
     """On the mix of the layers."""
@@ -77,10 +75,7 @@ class Cell:
 def frozen_steps(cell: Cell, plan: Plan) -> list[Step]:
     """Heads on the frozen LLM: at each layer, and on the mix of them; Huber in place of squared error."""
     layers = resolved(cell.model, plan.layers)
-    found = [cell.extract("frozen", "--layers", plan.layers)]
-    for layer in layers:
-        depths = plan.depths if layer == layers[-1] else plan.depth
-        found += cell.heads(f"frozen-{layer}", "frozen", *grid(layer, depths, plan))
+    found = [cell.extract("frozen", "--layers", plan.layers), *each_layer(cell, "frozen", plan.depths, plan)]
     single = [layer for layer in layers if layer != "mix"]
     middle = ["--head", "relish", "--depths", plan.depth, "--seeds", plan.seeds, "--layer", single[len(single) // 2]]
     return [*found, *cell.heads("loss", "frozen", *middle, "--loss", "huber", *plan.train)]
@@ -103,17 +98,21 @@ def tuned_steps(cell: Cell, plan: Plan, search: "Search") -> list[Step]:
         needs = tuple(step.name for step in search.steps())
         found.append(Step(f"{cell.tag}-tune-{method}", words, needs, partial(search.rate, method)))
         answers = ["--readouts", "greedy,candidates", "--shots", "0"] if method == "raft" else []
-        layers = ["--layers", plan.tuned_layers, "--adapter", str(cell.home / method)]
+        layers = ["--layers", plan.layers, "--adapter", str(cell.home / method)]
         found.append(cell.extract(method, *layers, *answers, needs=(f"tune-{method}",)))
-        for layer in resolved(cell.model, plan.tuned_layers):
-            found += cell.heads(f"{method}-{layer}", method, *grid(layer, plan.tuned_depths, plan))
+        found += each_layer(cell, method, plan.tuned_depths, plan)
     return found
 
 
-def grid(layer: str, depths: str, plan: Plan) -> list[str]:
-    """The options of `relish train` for all heads on a layer."""
-    heads = HEADS if layer != "mix" else HEADS.replace("ridge,ridge-mean,", "")
-    return ["--head", heads, "--layer", layer, "--seeds", plan.seeds, "--depths", depths, *plan.train]
+def each_layer(cell: Cell, cache: str, depths: str, plan: Plan) -> list[Step]:
+    """All heads on each layer of a cache, and on the mix of them, where all depths are trained."""
+    found: list[Step] = []
+    layers = resolved(cell.model, plan.layers)
+    for layer in layers:
+        heads = HEADS if layer != "mix" else HEADS.replace("ridge,ridge-mean,", "")
+        grid = ["--head", heads, "--depths", depths if layer == layers[-1] else plan.depth, "--seeds", plan.seeds]
+        found += cell.heads(f"{cache}-{layer}", cache, *grid, "--layer", layer, *plan.train)
+    return found
 
 
 def sourced(model: Path, task: str, files: dict[str, Path], plan: Plan) -> list[str]:

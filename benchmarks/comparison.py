@@ -109,6 +109,9 @@ def main() -> None:
     if (given.work is None or (given.data is None and given.tasks)) and not given.small:
         parser.error("give a folder to work in and --data, the folder of the data sets; or --small")
     work: Path = given.work or Path(tempfile.mkdtemp(prefix="comparison-"))
+    wrong = set(given.parts.split(",")) - set(PARTS)
+    if wrong:
+        parser.error(f"the parts are {', '.join(PARTS)}; got {', '.join(sorted(wrong))}")
     counts = dict(zip(("train", "val", "test"), map(int, given.rows.split(",")), strict=True))
     plan = Plan(counts, compute=("--compute-dtype", given.compute_dtype))
     tasks = [task for task in given.tasks.split(",") if task]

@@ -67,7 +67,7 @@ def tuned(D: int, depth: int, source: list, device: str, *, compiled: bool = Fal
     longest = max(batch.mask.shape[1] for batch in source)
     head = PlainRelish(D, depth).to(device).train()
     optimizer = torch.optim.AdamW(head.parameters(), lr=3e-4, weight_decay=1.0, fused=True)
-    loss_of = nn.HuberLoss()
+    loss_of = nn.MSELoss()
 
     def loss(hidden: torch.Tensor, mask: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return loss_of(head(hidden.float(), mask), target)
@@ -99,7 +99,7 @@ def ours(D: int, depth: int, source: list, device: str, *, recorded: bool) -> Ca
     from relish.train.step import take_step
 
     head = RelishHead(hidden_size=D, depth=depth).to(device).train()
-    optimizer, loss_of, endless = AdamW(head, weight_decay=1.0), nn.HuberLoss(), cycle(source)
+    optimizer, loss_of, endless = AdamW(head, weight_decay=1.0), nn.MSELoss(), cycle(source)
     if recorded:
         step = RecordedSteps(head, optimizer, loss_of)
         return lambda: step(next(endless), lr=3e-4)

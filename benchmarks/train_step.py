@@ -56,7 +56,7 @@ def ours(D: int, T: int, depth: int, ragged: bool, steps: int) -> Callable[[], f
 
     head = RelishHead(hidden_size=D, depth=depth).train()
     optimizer, source = AdamW(head, weight_decay=1.0), cycle(batches(D, T, ragged))
-    loss_of = nn.HuberLoss()
+    loss_of = nn.MSELoss()
 
     def run() -> float:
         return [take_step(head, optimizer, loss_of, TrainBatch(*next(source)), lr=3e-4) for _ in range(steps)][

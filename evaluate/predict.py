@@ -20,6 +20,7 @@ from ..extract.backbone import Backbone
 from ..extract.batches import Budget, run_in_batches
 from ..extract.files import find_backbone
 from ..extract.rows import Columns, check_utf8, fill_row, resolve_columns
+from ..extract.start import slots
 from ..extract.tables import read_rows
 from ..extract.tasks import get_task
 from ..train.run import Run, load_head, load_run
@@ -149,8 +150,10 @@ def predict_scores(
                 order = sorted(range(len(tokens)), key=lambda row: -len(tokens[row]))
                 longest_first = [tokens[row] for row in order]
                 read = backbone.read_start(tokens)
-                lengths = [len(row) - read for row in longest_first]
-                for batch, values in run_in_batches(lengths, budget, partial(forward, longest_first)):
+                lengths = [len(row) for row in longest_first]
+                sizes = [slots(length, read) for length in lengths]
+                passes = run_in_batches(sizes, budget, partial(forward, longest_first), tokens=lengths)
+                for batch, values in passes:
                     scores[[order[i] for i in batch]] = values
                 if not np.isfinite(scores).all():
                     bad = done + int(np.argmin(np.isfinite(scores)))

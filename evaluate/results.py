@@ -179,9 +179,23 @@ def _meta(runs: Sequence[Run], cache: FeatureCache) -> dict[str, object]:
         "storage dtype": identity.dtype,
         "compute dtype": identity.compute_dtype,
         "training rows": run.train_rows,
-        **{name.replace("_", " "): value for name, value in run.settings.items() if value is not None},
+        **_recipe(runs),
         **{_MADE_BY.get(name, name.replace("_", " ")): value for name, value in cache.manifest.made_by.items()},
     }
+
+
+def _recipe(runs: Sequence[Run]) -> dict[str, object]:
+    """The settings; where heads have their own, those of each."""
+    shown: dict[str, object] = {}
+    for name in runs[0].settings:
+        of_head = {run.head.name: run.settings[name] for run in runs if run.settings[name] is not None}
+        values = list(of_head.values())
+        if not values:
+            continue
+        same = all(value == values[0] for value in values)
+        text = values[0] if same else ", ".join(f"{head} {value}" for head, value in of_head.items())
+        shown[name.replace("_", " ")] = text
+    return shown
 
 
 def _mixes(runs: Sequence[Run]) -> dict[str, str]:

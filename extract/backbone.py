@@ -13,7 +13,7 @@ from .adapter import Adapter, merge_adapter
 from .chat import chat_text, check_chat_template
 from .files import BackboneFiles
 from .heap import keep_freed_memory
-from .start import SHORTEST, Start, close, common_prefix, fork
+from .start import Start, close, common_prefix, fork, worth_reading_once
 
 _TOKENIZE_ROWS = 1000
 _POSITIONS_AFTER_PADDING = {"roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet"}
@@ -175,8 +175,9 @@ class Backbone:
     def read_start(self, rows: Sequence[np.ndarray]) -> int:
         """Read what rows begin with, once; `hidden_states` goes on from there wherever its rows begin so.
 
-        A start is kept only if the shortest row comes out as it does alone: encoders, whose tokens see those that come
-        later, and architectures without a cache of keys and values read every row as a whole.
+        A start is kept only if it is worth it, and if the longest and the shortest row come out as they do alone:
+        encoders, whose tokens see those that come later, and architectures without a cache of keys and values read
+        every row as a whole.
 
         Args:
             rows: N arrays of token ids, all that will be run.
@@ -189,20 +190,20 @@ class Backbone:
         self.load()
         self._start = None
         shared = common_prefix(rows)
-        if shared < SHORTEST or len(rows) == 1:
+        if not worth_reading_once(shared, rows):
             return 0
-        ids, shortest = rows[0][:shared], min(rows, key=len)
-        whole = self.hidden_states([shortest])
+        ends = [max(rows, key=len), min(rows, key=len)]
         try:
+            whole = self.hidden_states(ends)
             # Without the configuration a cache keeps every token, of layers with a sliding window too.
             past = DynamicCache()
-            start = Start(ids, past, self._states([ids], past))
-            self._start = start
-            if close(self.hidden_states([shortest]), whole):
+            self._start = Start(rows[0][:shared], past, self._states([rows[0][:shared]], past))
+            states = self.hidden_states(ends)
+            if all(close(states[n, :, : len(row)], whole[n, :, : len(row)]) for n, row in enumerate(ends)):
                 return shared
         except Exception:
-            # A model that cannot go on from a cache says so in whatever way its code does; and where memory is short,
-            # nothing is gained by it.
+            # A model that cannot go on from a cache says so in whatever way its code does; and where these two do not
+            # fit the memory, the batches say what can be done.
             pass
         self._start = None
         return 0

@@ -30,15 +30,18 @@ def run_in_batches(
     budget: Budget,
     forward: Callable[[range], Any],
     release: Callable[[], None] = lambda: None,
+    *,
+    tokens: Sequence[int] | None = None,
 ) -> Iterator[tuple[range, Any]]:
     """Run `forward` over all rows, in order, in batches within a budget.
 
     Args:
-        lengths: tokens of each row, longest first, so that the first batch is the largest there will be.
+        lengths: slots of each row, longest first, so that the first batch is the largest there will be.
         budget: of a batch; a row that is longer goes alone.
         forward: runs the rows of a range. When it is out of memory the range is halved and tried again, and later
             batches stay at the size that fitted.
         release: gives back the memory that earlier batches still hold, before a range is tried again.
+        tokens: of each row, for people; None where they are its slots.
 
     Yields:
         The rows of each batch, and what `forward` returned for them.
@@ -59,8 +62,8 @@ def run_in_batches(
                 raise
             if rows == 1 and released:
                 raise BackboneError(
-                    f"out of memory on a single row of {lengths[begin]:,} tokens; use --max-length with --truncate, "
-                    "a smaller --compute-dtype, or a device with more memory"
+                    f"out of memory on a single row of {(tokens or lengths)[begin]:,} tokens; use --max-length with "
+                    "--truncate, a smaller --compute-dtype, or a device with more memory"
                 ) from None
             fitted = False
         if fitted:

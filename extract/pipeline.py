@@ -24,6 +24,7 @@ from .rows import SplitData
 from .settings import ExtractSettings
 from .sink import ShardSink, SinkShard
 from .sources import TextData, load_texts
+from .start import slots
 
 
 class Progress(Protocol):
@@ -160,6 +161,7 @@ def fill_cache(
                 for name, rows, split, number in pending:
                     if started_with != name:
                         # Of all rows of the split, the same after an interruption as before it.
+                        sink.drain()
                         read = backbone.read_start(rows.tokens)
                         started_with = name
                         if read:
@@ -256,7 +258,8 @@ def _extract_shard(
     names = [f"row {row} of {name} (id {rows.ids[row]!r})" for row in members]
     shard = SinkShard(partial(split.shard, number), lengths, names)
     forward = partial(_forward, backbone, tokens, split.dtype.torch)
-    for batch, states in run_in_batches([length - read for length in lengths], budget, forward, sink.drain):
+    sizes = [slots(length, read) for length in lengths]
+    for batch, states in run_in_batches(sizes, budget, forward, sink.drain, tokens=lengths):
         sink.put(shard, batch, *states)
         del states  # the sink alone holds them, and drain waits for it
         if progress is not None:

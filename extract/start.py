@@ -10,8 +10,8 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-SHORTEST = 8
-"""Tokens below which reading them once saves less than it takes."""
+_SHORTEST, _SHARE = 8, 0.1
+"""Fewer tokens, or a smaller share of all, save less than keys and values take to be kept and copied."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +44,19 @@ def common_prefix(rows: Sequence[np.ndarray]) -> int:
     return length
 
 
+def worth_reading_once(shared: int, rows: Sequence[np.ndarray]) -> bool:
+    """Whether rows are read faster after what they begin with."""
+    return len(rows) > 1 and shared >= _SHORTEST and shared * len(rows) >= _SHARE * sum(map(len, rows))
+
+
+def slots(length: int, read: int) -> int:
+    """What a row of so many tokens, of which some are read already, counts in the budget of a batch.
+
+    Its own tokens are computed; but all of its states, keys and values are in memory.
+    """
+    return max(length - read, -(-length // 2))
+
+
 def fork(past: Any, rows: int = 1) -> Any:
     """A cache of transformers that may grow without changing the first one; keys and values are shared until then.
 
@@ -60,10 +73,10 @@ def fork(past: Any, rows: int = 1) -> Any:
 
 
 def close(states: "torch.Tensor", expected: "torch.Tensor") -> bool:
-    """Whether two (1, K, T, D) states are the same but for rounding, in each dimension by its own size."""
+    """Whether two (K, T, D) states are the same but for rounding, in each dimension by its own size."""
     import torch
 
     share = 1e-3 if states.dtype == torch.float32 else 0.1
     states, expected = states.float(), expected.float()
-    off, size = ((value.abs().amax(dim=2)) for value in (states - expected, expected))
+    off, size = ((value.abs().amax(dim=1)) for value in (states - expected, expected))
     return bool((off <= share * size).all())

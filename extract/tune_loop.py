@@ -144,7 +144,7 @@ def predict(
             return method.predict(rows.of(order[batch.start : batch.stop])).cpu().double().numpy()
 
     predictions = np.empty(len(rows))
-    for batch, values in run_in_batches(lengths, budget, forward):
+    for batch, values in run_in_batches(lengths, budget, forward, tokens=[len(rows.tokens[row]) for row in order]):
         chosen = order[batch.start : batch.stop]
         predictions[chosen] = values
         if listener is not None:
@@ -208,11 +208,12 @@ def _take_step(
             parameters, torch.autograd.grad(value, parameters, allow_unused=True), strict=True
         ):
             if gradient is not None:
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
         return value.item()
 
     state.optimizer.zero_grad()
-    total = sum(value for _, value in run_in_batches(lengths, budget, backward))
+    tokens = [len(rows[row]) for row in order]
+    total = sum(value for _, value in run_in_batches(lengths, budget, backward, tokens=tokens))
     nn.utils.clip_grad_norm_(parameters, 1.0)
     state.optimizer.step()
     return total

@@ -74,7 +74,8 @@ def regression_method(model: Any, backbone: Backbone, target: np.ndarray) -> Met
     head.std.fill_(float(target.std()) or 1.0)
 
     def predict(rows: Sequence[np.ndarray]) -> Tensor:
-        if not takes_trees(model):
+        # A row alone has nothing to share, and masks of a tree grow with the square of its length.
+        if len(rows) == 1 or not takes_trees(model):
             return head(*backbone.last_states(model.base_model, rows))
         trunk, own = plant(rows)
         ends = np.cumsum([len(tokens.ids) for tokens in (trunk, *own)])[1:] - 1

@@ -12,7 +12,7 @@ from relish.extract.backbone import Backbone
 from relish.extract.files import find_backbone
 from relish.extract.pipeline import extract_cache
 from relish.extract.settings import ExtractSettings
-from relish.extract.start import SHORTEST, common_prefix
+from relish.extract.start import common_prefix, slots
 
 CAUSAL = ("llama", "qwen3", "gemma3", "gpt2")
 PROMPT = "a film so bright, fresh and moving that nobody stayed to the end of it, and a play so stale: {text}\nScore:"
@@ -23,9 +23,13 @@ def make(folder, *, layers=(), compute_dtype="float32"):
     return Backbone(files, layers=layers, compute_dtype=compute_dtype, device="cpu", trust_remote_code=False)
 
 
+def prompts_of(backbone, texts):
+    filled = [PROMPT.format(text=text) for text in texts]
+    return backbone.tokenize(filled, chat_template=False, max_length=256, truncate=False)[0]
+
+
 def prompts(backbone, tiny_rows, count=6):
-    texts = [PROMPT.format(text=row["text"]) for row in tiny_rows(count)]
-    return backbone.tokenize(texts, chat_template=False, max_length=256, truncate=False)[0]
+    return prompts_of(backbone, [row["text"] for row in tiny_rows(count)])
 
 
 @pytest.fixture
@@ -51,7 +55,7 @@ def test_states_are_those_of_whole_rows(tiny_model, tiny_rows, read, arch, dtype
     whole, ours = (make(tiny_model(arch), **options) for _ in range(2))
     rows = prompts(whole, tiny_rows)
     shared = common_prefix(rows)
-    assert shared > SHORTEST
+    assert shared > 8
     assert len(set(map(len, rows))) > 1
     assert ours.read_start(rows) == shared
     read.clear()
@@ -77,7 +81,8 @@ def test_rows_that_begin_otherwise_are_read_whole(tiny_model, tiny_rows, arch):
     expected = backbone.hidden_states([other])
     shared = backbone.read_start(rows)
     assert torch.equal(backbone.hidden_states([other]), expected)
-    assert torch.equal(backbone.hidden_states([rows[0][:shared]])[0, 0, -1:].isfinite().all(), torch.tensor(True))
+    nothing_more = rows[0][:shared]
+    assert torch.equal(backbone.hidden_states([nothing_more]), backbone._states([nothing_more]))
 
 
 def test_batches_do_not_change_what_later_ones_read(tiny_model, tiny_rows):
@@ -92,7 +97,7 @@ def test_batches_do_not_change_what_later_ones_read(tiny_model, tiny_rows):
 def test_an_encoder_reads_every_row_as_a_whole(tiny_model, tiny_rows):
     backbone = make(tiny_model("bert"))
     rows = prompts(backbone, tiny_rows)
-    assert common_prefix(rows) > SHORTEST
+    assert common_prefix(rows) > 8
     expected = backbone.hidden_states(rows)
     assert backbone.read_start(rows) == 0
     assert torch.equal(backbone.hidden_states(rows), expected)
@@ -102,9 +107,15 @@ def test_a_short_start_or_a_single_row_is_not_worth_it(tiny_model, tiny_rows):
     backbone = make(tiny_model("llama"))
     rows = prompts(backbone, tiny_rows)
     shared = common_prefix(rows)
-    assert backbone.read_start([row[shared - SHORTEST :] for row in rows]) == SHORTEST
-    assert backbone.read_start([row[shared - SHORTEST + 1 :] for row in rows]) == 0
+    assert backbone.read_start([row[shared - 8 :] for row in rows]) == 8
+    assert backbone.read_start([row[shared - 7 :] for row in rows]) == 0
+    assert backbone.read_start([np.concatenate([row[shared - 8 :], *[rows[0]] * 3]) for row in rows]) == 0
     assert backbone.read_start(rows[:1]) == 0
+
+
+@pytest.mark.parametrize(("length", "read", "expected"), [(50, 0, 50), (50, 20, 30), (50, 40, 25), (51, 40, 26)])
+def test_a_batch_has_at_most_twice_the_slots_in_memory(length, read, expected):
+    assert slots(length, read) == expected
 
 
 def test_a_backbone_that_goes_on_wrongly_is_found_out(tiny_model, tiny_rows, monkeypatch):
@@ -143,7 +154,7 @@ def test_a_cache_holds_the_same_and_takes_fewer_tokens(tiny_model, tiny_rows, tm
     extract_cache(tmp_path / "ours", options)
     ours = sum(read)
     read.clear()
-    monkeypatch.setattr(backbone_module, "SHORTEST", 10**9)
+    monkeypatch.setattr(backbone_module, "worth_reading_once", lambda *_: False)
     extract_cache(tmp_path / "whole", options)
     assert ours < 0.6 * sum(read)
     for name in ("train", "dev"):
@@ -156,13 +167,17 @@ def test_a_cache_holds_the_same_and_takes_fewer_tokens(tiny_model, tiny_rows, tm
 
 def test_an_interrupted_extraction_ends_byte_for_byte_as_an_unbroken_one(tiny_model, tiny_rows, tmp_path, monkeypatch):
     """What all rows begin with is that of the whole split, not of the shards that are left."""
-    options = settings(tiny_model, tiny_rows)
+    texts = [f"{word} and so {'warm ' * (20 + n)}" for n, word in enumerate(["fresh", "warm", "dull", "noisy"] * 3)]
+    texts += [f"a play so dull that {'it ' * n}ended" for n in range(1, 9)]
+    rows = [{"text": text, "score": float(n % 5)} for n, text in enumerate(texts)]
+    options = settings(tiny_model, tiny_rows, data={"train": rows})
     extract_cache(tmp_path / "whole", options)
-    real, shards = pipeline._extract_shard, []
+    real, shards, read = pipeline._extract_shard, [], []
 
     def broken(*given):
         shards.append(given[4])
-        if len(shards) == 3:
+        read.append(given[-1])
+        if len(shards) == 4:
             raise BackboneError("the power is out")
         return real(*given)
 
@@ -170,9 +185,15 @@ def test_an_interrupted_extraction_ends_byte_for_byte_as_an_unbroken_one(tiny_mo
         patch.setattr(pipeline, "_extract_shard", broken)
         with pytest.raises(BackboneError, match="the power is out"):
             extract_cache(tmp_path / "resumed", options)
-    extract_cache(tmp_path / "resumed", options)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_extract_shard", lambda *given: read.append(given[-1]) or real(*given))
+        extract_cache(tmp_path / "resumed", options)
+    assert shards == [0, 1, 2, 3]
+    assert len(set(read)) == 1
+    left = prompts_of(make(tiny_model("llama")), texts[12:])
+    assert common_prefix(left) > read[0]
     files = [{path.name: path.read_bytes() for path in (tmp_path / name).glob("*.h5")} for name in ("whole", "resumed")]
-    assert len(files[0]) == 6
+    assert len(files[0]) == 5
     assert files[0] == files[1]
 
 
@@ -195,4 +216,3 @@ def test_it_is_said(tiny_model, tiny_rows, tmp_path):
     backbone = make(tiny_model("llama"))
     shared = common_prefix(prompts(backbone, tiny_rows, 20))
     assert f"train: the {shared} tokens that all rows begin with are read once" in heard.notes
-    assert np.all([" read once" not in note for note in heard.notes if not note.startswith(("train", "dev"))])

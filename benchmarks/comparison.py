@@ -163,7 +163,7 @@ def main() -> None:
         sys.exit(code)
     recipe = recipe_tables(homes, HEADS.split(","))
     print(recipe)
-    (work / "comparison" / "recipe.md").write_text(recipe, encoding="utf-8")
+    (work / "recipe.md").write_text(recipe, encoding="utf-8")
     if given.out is not None:
         shutil.copy(work / "comparison" / "comparison.json", given.out)
 

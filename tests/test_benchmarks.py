@@ -92,7 +92,9 @@ def test_comparison(tmp_path):
         best = min(by_rate, key=by_rate.get)
         assert (work / "done" / f"stsb-tiny-tune-{method}").read_text().splitlines()[0].endswith(f"--lr {best}")
     assert {"frozen-2-report", "loss-report"} <= {path.name for path in (work / "unpacked" / "stsb-tiny").iterdir()}
-    assert "| stsb-tiny | 2 | 1 |" in (work / "comparison" / "recipe.md").read_text()
+    assert "| stsb-tiny | 2 | 1 |" in (work / "recipe.md").read_text()
+    again, _ = run("comparison.py", tmp_path / "again.json", work, "--kept", kept)
+    assert again == result
 
 
 def test_profile_stages(tmp_path):

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..cache.errors import AdapterError
-from .batches import Budget, run_in_batches
+from ..cache.errors import AdapterError, BackboneError
+from .batches import Budget, out_of_memory, run_in_batches
 from .tune_methods import Method
 from .tune_settings import TuneSettings
 from .tune_state import EpochRecord, TuneState
@@ -87,7 +87,7 @@ def tune(
 
     Raises:
         AdapterError: when the loss or a prediction is no longer finite.
-        BackboneError: when a single row does not fit the memory.
+        BackboneError: when a single row, or the optimizer, does not fit the memory.
     """
     per_epoch = math.ceil(len(train) / settings.batch_size)
     steps = settings.epochs * per_epoch
@@ -214,8 +214,16 @@ def _take_step(
     state.optimizer.zero_grad()
     tokens = [len(rows[row]) for row in order]
     total = sum(value for _, value in run_in_batches(lengths, budget, backward, tokens=tokens))
-    nn.utils.clip_grad_norm_(parameters, 1.0)
-    state.optimizer.step()
+    try:
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        state.optimizer.step()
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise BackboneError(
+            f"out of memory on moving the adapter's weights after step {state.step}; use a smaller --compute-dtype or "
+            "--rank, or a device with more memory"
+        ) from None
     return total
 
 

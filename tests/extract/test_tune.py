@@ -383,6 +383,19 @@ def test_memory_that_runs_out_is_said(tune_settings, tmp_path, room):
     )
 
 
+def test_memory_that_runs_out_on_moving_the_weights_is_said(tune_settings, tmp_path, monkeypatch):
+    def step(_self, *_given):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    with pytest.raises(BackboneError) as caught:
+        tune_adapter(tmp_path / "a", tune_settings())
+    assert str(caught.value) == (
+        "out of memory on moving the adapter's weights after step 0; use a smaller --compute-dtype or --rank, or a "
+        "device with more memory"
+    )
+
+
 # The command
 
 

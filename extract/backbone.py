@@ -202,8 +202,8 @@ class Backbone:
             if all(close(states[n, :, : len(row)], whole[n, :, : len(row)]) for n, row in enumerate(ends)):
                 return shared
         except Exception:
-            # A model that cannot go on from a cache says so in whatever way its code does; and where these two do not
-            # fit the memory, the batches say what can be done.
+            # A model that cannot go on from a cache says so in whatever way its code does, remote code too. Nothing is
+            # hidden by it: the rows are read whole then, and what is wrong with more than the start fails there again.
             pass
         self._start = None
         return 0

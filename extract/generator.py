@@ -8,7 +8,7 @@ import numpy as np
 from ..cache.errors import BackboneError
 from .backbone import Backbone
 from .candidates import score_candidates
-from .tree import Seen, Tokens, plant, read_prefix, takes_trees, tree_logits
+from .tree import Seen, Tokens, last_tokens, plant, read_prefix, takes_trees, tree_logits
 
 if TYPE_CHECKING:
     import torch
@@ -160,11 +160,11 @@ class Generator:
     ) -> "Callable[[list[tuple[int, int]]], torch.Tensor]":
         seen, begin = prefix.fork(), prefix.length
         trunk, own = plant(rows, begin)
-        ends = np.cumsum([len(tokens.ids) for tokens in (trunk, *own)])[1:] - 1
+        ends = last_tokens(trunk, own)
 
         def logits(alive: list[tuple[int, int]]) -> "torch.Tensor":
             if not answers[alive[0][0]][alive[0][1]]:
-                first = tree_logits(self.model, Tokens.join([trunk, *own]), ends.tolist(), seen=seen)
+                first = tree_logits(self.model, Tokens.join([trunk, *own]), ends, seen=seen)
                 return first.repeat_interleave(len(answers[0]), dim=0)
             row, branch = (np.array(column) for column in zip(*alive, strict=True))
             given = [answers[r][b] for r, b in alive]

@@ -86,7 +86,8 @@ class ExtractSettings(TextSettings):
     """Storage type: bfloat16, float16 or float32."""
     batch_tokens: int | None = None
     """Token slots per forward pass, padding included; None for 16,384 on a GPU, and 512 per thread, up to 4,096, on the
-    CPU."""
+    CPU. Of a row that goes on from what all rows begin with its own tokens count, or half of all where these are more
+    (extract/start.py)."""
     shard_rows: int = 4096
     """Most rows in a shard. A shard is also the most work that an interruption can cost."""
     on_nonfinite: str = "error"

@@ -67,6 +67,11 @@ def plant(rows: Sequence[np.ndarray], begin: int = 0) -> tuple[Tokens, list[Toke
     ]
 
 
+def last_tokens(trunk: Tokens, own: Sequence[Tokens]) -> list[int]:
+    """Where each row of `plant` ends, once they are joined."""
+    return (len(trunk.ids) + np.cumsum([len(rest.ids) for rest in own]) - 1).tolist()
+
+
 def pack_size(device: str) -> int:
     """Tokens that are best run at once on a kind of device, where they have no long beginning in common.
 

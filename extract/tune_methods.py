@@ -19,7 +19,7 @@ from .adapter import Adapter
 from .backbone import Backbone
 from .candidates import score_candidates
 from .shots import Prompts
-from .tree import Tokens, plant, takes_trees, tree_states
+from .tree import Tokens, last_tokens, plant, takes_trees, tree_states
 
 HEAD = "head.safetensors"
 
@@ -78,8 +78,7 @@ def regression_method(model: Any, backbone: Backbone, target: np.ndarray) -> Met
         if len(rows) == 1 or not takes_trees(model):
             return head(*backbone.last_states(model.base_model, rows))
         trunk, own = plant(rows)
-        ends = np.cumsum([len(tokens.ids) for tokens in (trunk, *own)])[1:] - 1
-        states = tree_states(model.base_model, Tokens.join([trunk, *own]), ends.tolist())[:, None]
+        states = tree_states(model.base_model, Tokens.join([trunk, *own]), last_tokens(trunk, own))[:, None]
         return head(states, torch.ones(states.shape[:2], dtype=torch.bool, device=states.device))
 
     return Method(predict, unit=float(head.std), head=head)

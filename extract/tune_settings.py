@@ -28,7 +28,7 @@ class TuneSettings(TextSettings):
     alpha: int = 16
     """α: the products are scaled by α / r."""
     dropout: float = 0.05
-    """On the input of the low-rank products, in training."""
+    """On the input of the low-rank products, in training; drawn once for what all rows of a pass begin with."""
 
     epochs: int = 3
     """Passes over the training rows; the weights of the one with the lowest validation NRMSE are kept."""

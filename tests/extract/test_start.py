@@ -1,5 +1,7 @@
 """What all rows begin with is read once, and changes nothing but how many tokens go through the backbone."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -198,21 +200,9 @@ def test_an_interrupted_extraction_ends_byte_for_byte_as_an_unbroken_one(tiny_mo
 
 
 def test_it_is_said(tiny_model, tiny_rows, tmp_path):
-    class Heard:
-        def __init__(self):
-            self.notes = []
-
-        def note(self, text):
-            self.notes.append(text)
-
-        def begin(self, rows, tokens):
-            pass
-
-        def advance(self, rows, tokens):
-            pass
-
-    heard = Heard()
+    notes = []
+    heard = SimpleNamespace(note=notes.append, begin=lambda *_: None, advance=lambda *_: None)
     extract_cache(tmp_path / "c", settings(tiny_model, tiny_rows), progress=heard)
     backbone = make(tiny_model("llama"))
     shared = common_prefix(prompts(backbone, tiny_rows, 20))
-    assert f"train: the {shared} tokens that all rows begin with are read once" in heard.notes
+    assert f"train: the {shared} tokens that all rows begin with are read once" in notes

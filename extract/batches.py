@@ -32,6 +32,7 @@ def run_in_batches(
     release: Callable[[], None] = lambda: None,
     *,
     tokens: Sequence[int] | None = None,
+    whole: bool = False,
 ) -> Iterator[tuple[range, Any]]:
     """Run `forward` over all rows, in order, in batches within a budget.
 
@@ -42,6 +43,7 @@ def run_in_batches(
             batches stay at the size that fitted.
         release: gives back the memory that earlier batches still hold, before a range is tried again.
         tokens: of each row, for people; None where they are its slots.
+        whole: whether rows cannot be cut, and nobody should be told to.
 
     Yields:
         The rows of each batch, and what `forward` returned for them.
@@ -61,9 +63,10 @@ def run_in_batches(
             if not out_of_memory(error):
                 raise
             if rows == 1 and released:
+                cut = "" if whole else "--max-length with --truncate, "
                 raise BackboneError(
-                    f"out of memory on a single row of {(tokens or lengths)[begin]:,} tokens; use --max-length with "
-                    "--truncate, a smaller --compute-dtype, or a device with more memory"
+                    f"out of memory on a single row of {(tokens or lengths)[begin]:,} tokens; use {cut}a smaller "
+                    "--compute-dtype, or a device with more memory"
                 ) from None
             fitted = False
         if fitted:

@@ -84,6 +84,15 @@ def answer_ids(
     return np.array(whole[len(before) :], dtype=np.int32)
 
 
+def answer_nodes(candidates: Sequence[np.ndarray]) -> list[tuple[int, ...]]:
+    """The tree of candidates as the LLM reads it behind each prompt: a node for each beginning, shorter ones first.
+
+    The last token of a candidate is predicted and never read.
+    """
+    beginnings = {tuple(c[:n].tolist()) for c in candidates for n in range(1, len(c))}
+    return sorted(beginnings, key=lambda node: (len(node), node))
+
+
 def score_candidates(
     model: Any,
     prompts: Sequence[np.ndarray],
@@ -112,10 +121,7 @@ def score_candidates(
 
     if not takes_trees(model):
         return _one_by_one(model, prompts, candidates, prefix, pad)
-    # The last token of a candidate is predicted and never read.
-    nodes = sorted(
-        {tuple(c[:n].tolist()) for c in candidates for n in range(1, len(c))}, key=lambda node: (len(node), node)
-    )
+    nodes = answer_nodes(candidates)
     number = {node: place for place, node in enumerate([(), *nodes])}
     members = [
         sum(1 << place for place, c in enumerate(candidates) if tuple(c[: len(node)].tolist()) == node)

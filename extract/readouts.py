@@ -14,6 +14,7 @@ from ..cache.manifest import load_manifest
 from ..cache.readouts import Readout, part_rows, pending_parts, save_part
 from .backbone import Backbone
 from .batches import Budget, run_in_batches
+from .candidates import answer_nodes
 from .generator import NEW_TOKENS, Generator, refuse_encoder
 from .rows import SplitData
 from .settings import ExtractSettings
@@ -205,7 +206,7 @@ def _answer(
     progress: "Progress | None",
 ) -> list[Any]:
     """The answers to some rows, in their order."""
-    more = sum(len(candidate) - 1 for candidate in job.tokens) or NEW_TOKENS
+    more = len(answer_nodes(job.tokens)) or NEW_TOKENS
     order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
     lengths = [len(rows[row]) + more for row in order]
     answers: list[Any] = [None] * len(rows)
@@ -219,7 +220,7 @@ def _answer(
             return generator.samples(tokens, prefix, np.stack([_uniform(numbers[row]) for row in chosen]))
         return [_rounded(row) for row in generator.candidates(tokens, prefix, job.tokens)]
 
-    for batch, found in run_in_batches(lengths, budget, forward):
+    for batch, found in run_in_batches(lengths, budget, forward, whole=True):
         for place, answer in zip(batch, found, strict=True):
             answers[order[place]] = answer
         if progress is not None:

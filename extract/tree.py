@@ -12,6 +12,8 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from ..cache.errors import BackboneError
+from .batches import out_of_memory
 from .start import common_prefix, fork
 
 if TYPE_CHECKING:
@@ -164,6 +166,9 @@ def takes_trees(model: Any) -> bool:
     """Whether a model gives for a tree what it gives for each path alone; tried once on a few tokens.
 
     Recurrent layers, and positions that are not told through `position_ids`, do not.
+
+    Raises:
+        BackboneError: if these few do not fit the memory.
     """
     if model not in _tested:
         config = model.config.get_text_config()
@@ -193,9 +198,12 @@ def _same_as_alone(model: Any) -> bool:
         expected = torch.stack(alone).float()
         share = 1e-3 if logits.dtype == torch.float32 else 0.05
         return bool((logits.float() - expected).abs().max() <= share * expected.abs().max())
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:
+    except Exception as error:
+        if out_of_memory(error):
+            raise BackboneError(
+                "out of memory on ten tokens beside the LLM's weights; use a smaller --compute-dtype, or a device with "
+                "more memory"
+            ) from None
         # A model that cannot take masks or positions of ours says so in whatever way its code does.
         return False
     finally:

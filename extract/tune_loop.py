@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..cache.errors import AdapterError, BackboneError
 from .batches import Budget, out_of_memory, run_in_batches
+from .start import common_prefix
 from .tune_methods import Method
 from .tune_settings import TuneSettings
 from .tune_state import EpochRecord, TuneState
@@ -81,7 +82,8 @@ def tune(
         settings: the recipe.
         label_range: for the NRMSE.
         device: where the model is.
-        slots: tokens of one pass; a step's rows go through in as many passes as they need, their gradients summed up.
+        slots: tokens of one pass, besides what its rows begin with; a step's rows go through in as many passes as they
+            need, their gradients summed up.
         save: makes `state` durable; called after each epoch, and every few minutes in between.
         listener: hears of epochs and progress.
 
@@ -144,7 +146,8 @@ def predict(
             return method.predict(rows.of(order[batch.start : batch.stop])).cpu().double().numpy()
 
     predictions = np.empty(len(rows))
-    for batch, values in run_in_batches(lengths, budget, forward, tokens=[len(rows.tokens[row]) for row in order]):
+    tokens = [len(rows.tokens[row]) for row in order]
+    for batch, values in run_in_batches(lengths, budget, forward, tokens=tokens, whole=method.whole):
         chosen = order[batch.start : batch.stop]
         predictions[chosen] = values
         if listener is not None:
@@ -153,9 +156,10 @@ def predict(
 
 
 def _longest_first(rows: list[np.ndarray], method: Method) -> tuple[list[int], list[int]]:
-    """An order for passes without much padding, and the tokens of each row in that order."""
+    """An order for passes without much padding, and how many tokens each row adds to a pass, in that order."""
     order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
-    return order, [len(rows[row]) + method.more for row in order]
+    shared = common_prefix(rows) if method.trees and len(rows) > 1 else 0
+    return order, [len(rows[row]) - shared + method.more for row in order]
 
 
 def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -213,7 +217,8 @@ def _take_step(
 
     state.optimizer.zero_grad()
     tokens = [len(rows[row]) for row in order]
-    total = sum(value for _, value in run_in_batches(lengths, budget, backward, tokens=tokens))
+    passes = run_in_batches(lengths, budget, backward, tokens=tokens, whole=method.whole)
+    total = sum(value for _, value in passes)
     try:
         nn.utils.clip_grad_norm_(parameters, 1.0)
         state.optimizer.step()

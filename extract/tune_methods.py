@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..cache.errors import AdapterError
 from .adapter import Adapter
 from .backbone import Backbone
-from .candidates import score_candidates
+from .candidates import answer_nodes, score_candidates
 from .shots import Prompts
 from .tree import Tokens, last_tokens, plant, takes_trees, tree_states
 
@@ -34,6 +34,10 @@ class Method:
     """The size of an error of 1: a learning rate then means the same on every label range."""
     more: int = 0
     """Tokens that the LLM reads with each row besides its own."""
+    whole: bool = False
+    """Whether rows cannot be cut."""
+    trees: bool = False
+    """Whether what the rows of a pass begin with is read once."""
     head: "RegressionHead | None" = None
     """What is trained beside the adapter."""
 
@@ -81,7 +85,7 @@ def regression_method(model: Any, backbone: Backbone, target: np.ndarray) -> Met
         states = tree_states(model.base_model, Tokens.join([trunk, *own]), last_tokens(trunk, own))[:, None]
         return head(states, torch.ones(states.shape[:2], dtype=torch.bool, device=states.device))
 
-    return Method(predict, unit=float(head.std), head=head)
+    return Method(predict, unit=float(head.std), trees=takes_trees(model), head=head)
 
 
 def load_regression_head(adapter: Adapter) -> RegressionHead:
@@ -141,5 +145,5 @@ def raft_method(model: Any, backbone: Backbone, answers: Answers, label_range: t
     def predict(rows: Sequence[np.ndarray]) -> Tensor:
         return score_candidates(model, rows, answers.tokens, pad=pad).exp() @ values
 
-    more = sum(len(tokens) - 1 for tokens in answers.tokens)
-    return Method(predict, unit=label_range[1] - label_range[0], more=more)
+    more = len(answer_nodes(answers.tokens))
+    return Method(predict, unit=label_range[1] - label_range[0], more=more, whole=True, trees=takes_trees(model))

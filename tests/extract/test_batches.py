@@ -95,6 +95,15 @@ def test_a_single_row_that_does_not_fit_is_named_by_its_length(error):
     assert tried == [8192, 4096]
 
 
+def test_nobody_is_told_to_cut_rows_that_must_stay_whole():
+    forward, _ = memory([4096], 100)
+    with pytest.raises(BackboneError) as caught:
+        list(run_in_batches([4096], Budget(8192), forward, whole=True))
+    assert str(caught.value) == (
+        "out of memory on a single row of 4,096 tokens; use a smaller --compute-dtype, or a device with more memory"
+    )
+
+
 def test_any_other_error_is_passed_on_at_once():
     forward, tried = memory([5] * 8, 10, RuntimeError("shapes differ"))
     with pytest.raises(RuntimeError, match="shapes differ"):

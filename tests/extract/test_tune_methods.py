@@ -74,6 +74,7 @@ def test_raft_by_hand(monkeypatch):
     """
     log_p = torch.nn.Parameter(torch.tensor([[0.1, 0.2, 0.3], [0.5, 0.25, 0.25]]).log())
     monkeypatch.setattr(tune_methods, "score_candidates", lambda *_, **__: log_p)
+    monkeypatch.setattr(tune_methods, "takes_trees", lambda _: True)
     backbone = SimpleNamespace(pad_token=lambda _: 0, device=torch.device("cpu"))
     answers = Answers(None, [0.0, 2.5, 5.0], [])  # type: ignore[arg-type]
     method = raft_method(None, backbone, answers, RANGE)  # type: ignore[arg-type]
@@ -162,6 +163,11 @@ def test_a_step_is_the_same_in_any_number_of_passes(adapted, tiny_rows, arch, na
 
     found = [gradients_of_a_step(replace(method, predict=counted), parameters, rows, slots) for slots in (4096, 1)]
     assert passes == [4, 1, 1, 1, 1]
+    # A pass holds so many rows as have that many tokens without what they begin with.
+    passes.clear()
+    own = max(map(len, rows)) - common_prefix(rows) + method.more
+    gradients_of_a_step(replace(method, predict=counted), parameters, rows, 2 * own)
+    assert passes[0] == 2
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     for ours, theirs in zip(found[0][1], found[1][1], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)

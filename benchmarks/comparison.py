@@ -113,7 +113,8 @@ def main() -> None:
     if wrong:
         parser.error(f"the parts are {', '.join(PARTS)}; got {', '.join(sorted(wrong))}")
     counts = dict(zip(("train", "val", "test"), map(int, given.rows.split(",")), strict=True))
-    plan = Plan(counts, compute=("--compute-dtype", given.compute_dtype))
+    search = ("--rows", str(min(1000, counts["train"] // 2)), "--batch-size", "32")
+    plan = Plan(counts, search=search, compute=("--compute-dtype", given.compute_dtype))
     tasks = [task for task in given.tasks.split(",") if task]
     backbones = {name: BACKBONES[name] for name in given.backbones.split(",")}
     if given.small:
@@ -138,8 +139,11 @@ def main() -> None:
             if not targets:
                 continue
             model, noted = find(), kept / f"rates-{backbone}.json"
-            cell = Cell(work / task / backbone, f"{task}-{backbone}", model, sourced(model, task, drawn(task), plan))
             for part, target in targets.items():
+                files = drawn(task)
+                if part == "prompted":  # the LLM would answer to these rows too, and nobody would ask what
+                    del files["val"]
+                cell = Cell(work / task / backbone, f"{task}-{backbone}", model, sourced(model, task, files, plan))
                 if part == "tuned":
                     source = [] if noted.exists() else sourced(model, SEARCHED, drawn(SEARCHED), plan)
                     search = Search(work / "search" / backbone, backbone, source, plan.rates, plan.search, noted)
@@ -179,7 +183,6 @@ def small_plan() -> Plan:
         seeds="0",
         depth="1",
         rates=("3e-4", "1e-3"),
-        search=(),
         tune=("--epochs", "1"),
         train=("--epochs", "1", "--latent-size", "8", "--num-heads", "2"),
     )

@@ -32,7 +32,7 @@ class Plan:
     rates: tuple[str, ...] = ("1e-4", "3e-4", "1e-3")
     """Learning rates that each method of tuning has to choose from, once for each LLM, by the validation rows of one
     data set. Heads had three each, too; relish more besides (recipe-log.md)."""
-    search: tuple[str, ...] = ("--rows", "1000", "--batch-size", "32")
+    search: tuple[str, ...] = ()
     """More options of `relish tune` in that choice."""
     tune: tuple[str, ...] = ("--batch-size", "32")
     """More options of `relish tune`."""

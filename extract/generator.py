@@ -1,7 +1,10 @@
-"""The LLM with its LM head: what it answers to prompts, by greedy decoding, by sampling, or over candidate answers."""
+"""The LLM with its LM head: what it answers to prompts, by greedy decoding, by sampling, or over candidate answers.
+
+Samples that are the same so far are one path of a tree, which is read once.
+"""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -144,57 +147,46 @@ class Generator:
         alive = [(row, branch) for row in range(len(rows)) for branch in range(branches)]
         read = self._one_by_one if self.one_by_one else self._by_tree
         with torch.inference_mode():
-            step_logits = read(rows, prefix, answers)
+            step_logits = read(rows, prefix)
             for step in range(NEW_TOKENS):
-                logits = step_logits(alive)
+                nodes, place = _distinct(alive, answers)
+                logits = step_logits(nodes)
                 self._refuse(bool(logits.isnan().any()))
-                for (row, branch), token in zip(alive, choose(logits, alive, step).tolist(), strict=True):
+                for (row, branch), token in zip(alive, choose(logits[place], alive, step).tolist(), strict=True):
                     answers[row][branch].append(token)
                 alive = [(row, branch) for row, branch in alive if not self._ended(answers[row][branch])]
                 if not alive:
                     break
         return [[self._text(tokens) for tokens in of_row] for of_row in answers]
 
-    def _by_tree(
-        self, rows: Sequence[np.ndarray], prefix: Seen, answers: list[list[list[int]]]
-    ) -> "Callable[[list[tuple[int, int]]], torch.Tensor]":
+    def _by_tree(self, rows: Sequence[np.ndarray], prefix: Seen) -> "Callable[[list[_Node]], torch.Tensor]":
         seen, begin = prefix.fork(), prefix.length
         trunk, own = plant(rows, begin)
         ends = last_tokens(trunk, own)
 
-        def logits(alive: list[tuple[int, int]]) -> "torch.Tensor":
-            if not answers[alive[0][0]][alive[0][1]]:
-                first = tree_logits(self.model, Tokens.join([trunk, *own]), ends, seen=seen)
-                return first.repeat_interleave(len(answers[0]), dim=0)
-            row, branch = (np.array(column) for column in zip(*alive, strict=True))
-            given = [answers[r][b] for r, b in alive]
+        def logits(nodes: "list[_Node]") -> "torch.Tensor":
+            if not nodes[0].answer:
+                return tree_logits(self.model, Tokens.join([trunk, *own]), ends, seen=seen)
             last = Tokens.of(
-                np.array([tokens[-1] for tokens in given]),
-                position=np.array([begin + len(rows[r]) + len(answers[r][b]) - 1 for r, b in alive]),
-                row=row,
-                branches=np.left_shift(1, branch),
+                np.array([node.answer[-1] for node in nodes]),
+                position=np.array([begin + len(rows[node.row]) + len(node.answer) - 1 for node in nodes]),
+                row=np.array([node.row for node in nodes]),
+                branches=np.array([node.branches for node in nodes]),
             )
-            return tree_logits(self.model, last, range(len(alive)), seen=seen)
+            return tree_logits(self.model, last, range(len(nodes)), seen=seen)
 
         return logits
 
-    def _one_by_one(
-        self, rows: Sequence[np.ndarray], prefix: Seen, answers: list[list[list[int]]]
-    ) -> "Callable[[list[tuple[int, int]]], torch.Tensor]":
+    def _one_by_one(self, rows: Sequence[np.ndarray], prefix: Seen) -> "Callable[[list[_Node]], torch.Tensor]":
         """For architectures that cannot take trees: each sequence whole and alone, slow and plain."""
         import torch
 
-        def one(row: int, branch: int) -> torch.Tensor:
-            ids = np.concatenate([prefix.ids, rows[row], np.array(answers[row][branch], dtype=np.int64)])
+        def one(node: _Node) -> torch.Tensor:
+            ids = np.concatenate([prefix.ids, rows[node.row], np.array(node.answer, dtype=np.int64)])
             input_ids = torch.as_tensor(ids.astype(np.int64), device=self.model.device)[None]
             return self.model(input_ids=input_ids, use_cache=False).logits[0, -1]
 
-        def logits(alive: list[tuple[int, int]]) -> torch.Tensor:
-            if not answers[alive[0][0]][alive[0][1]]:
-                return torch.stack([one(row, 0) for row in range(len(rows))]).repeat_interleave(len(answers[0]), dim=0)
-            return torch.stack([one(row, branch) for row, branch in alive])
-
-        return logits
+        return lambda nodes: torch.stack([one(node) for node in nodes])
 
     def _ended(self, tokens: list[int]) -> bool:
         last = tokens[-1]
@@ -214,6 +206,25 @@ class Generator:
         if broken:
             dtype = str(self.model.dtype).removeprefix("torch.")
             raise BackboneError(f"{self._name} gives NaN or infinity in {dtype}; try --compute-dtype float32")
+
+
+class _Node(NamedTuple):
+    """The last token of an answer as far as it goes, of all the answers to a row that have been the same so far."""
+
+    row: int
+    answer: tuple[int, ...]
+    branches: int
+    """A bit for each of those answers."""
+
+
+def _distinct(alive: list[tuple[int, int]], answers: list[list[list[int]]]) -> tuple[list[_Node], list[int]]:
+    """The nodes that answers end in, each once, and the place among them of each answer's."""
+    bits: dict[tuple[int, tuple[int, ...]], int] = {}
+    keys = [(row, tuple(answers[row][branch])) for row, branch in alive]
+    for key, (_, branch) in zip(keys, alive, strict=True):
+        bits[key] = bits.get(key, 0) | 1 << branch
+    number = {key: place for place, key in enumerate(bits)}
+    return [_Node(*key, branches) for key, branches in bits.items()], [number[key] for key in keys]
 
 
 def _draw(logits: "torch.Tensor", uniform: "torch.Tensor") -> "torch.Tensor":

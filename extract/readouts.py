@@ -100,8 +100,13 @@ def add_readouts(
                 progress.note(
                     "note: of this architecture every answer is computed from its first token on, which is slow"
                 )
+            asked: dict[tuple[str, int], _Asked] = {}
             for job in pending:
-                _run(folder, job, data.splits[job.readout.split], prompts, generator, backbone, settings, progress)
+                key = job.readout.split, job.readout.shots_used
+                if key not in asked:
+                    asked.clear()  # keys and values of many examples are large
+                    asked[key] = _ask(data.splits[job.readout.split], prompts, job.readout.shots_used, generator)
+                _run(folder, job, asked[key], generator, backbone, settings, progress)
     return tuple(job.summary(len(data.splits[job.readout.split].texts)) for job in jobs)
 
 
@@ -164,32 +169,48 @@ def _plan(
     return jobs
 
 
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """The prompts of a split, for all readouts of it with so many examples."""
+
+    split: SplitData
+    prefix: Seen
+    """What all of them begin with."""
+    rows: list[np.ndarray]
+    """The tokens of each after that."""
+    seconds: float
+    """Reading the prefix took that long. Each readout is said to have taken it, as it would alone."""
+
+
+def _ask(split: SplitData, prompts: Prompts, shots: int, generator: Generator) -> _Asked:
+    tokens = prompts.tokens(split.texts, shots)
+    shared = common_prefix(tokens)
+    started = time.perf_counter()
+    prefix = generator.read_prefix(tokens[0][:shared])
+    return _Asked(split, prefix, [row[shared:] for row in tokens], time.perf_counter() - started)
+
+
 def _run(
     folder: Path,
     job: _Job,
-    split: SplitData,
-    prompts: Prompts,
+    asked: _Asked,
     generator: Generator,
     backbone: Backbone,
     settings: ExtractSettings,
     progress: "Progress | None",
 ) -> None:
-    readout = job.readout
-    tokens = prompts.tokens(split.texts, readout.shots_used)
-    shared = common_prefix(tokens)
-    started = time.perf_counter()
-    prefix = generator.read_prefix(tokens[0][:shared])
-    rows = [row[shared:] for row in tokens]
+    readout, rows, shared = job.readout, asked.rows, asked.prefix.length
     parts = [part_rows(len(rows), number) for number in job.pending]
     if progress is not None:
         progress.note(f"asking about {readout.split}: {readout.name}, {shared:,} tokens read once for all rows")
         progress.begin(sum(map(len, parts)), sum(len(rows[row]) for part in parts for row in part))
     default = pack_size(backbone.device.type)
     budget = Budget(settings.batch_tokens or min(max(default, shared), backbone.default_batch_tokens))
+    started = time.perf_counter() - asked.seconds
     for part in parts:
-        answers = _answer(job, [rows[row] for row in part], part, generator, prefix, budget, progress)
+        answers = _answer(job, [rows[row] for row in part], part, generator, asked.prefix, budget, progress)
         seconds = time.perf_counter() - started
-        ids = tuple(split.ids[row] for row in part)
+        ids = tuple(asked.split.ids[row] for row in part)
         save_part(folder, replace(readout, rows=tuple(part), ids=ids, answers=tuple(answers), seconds=seconds))
         job.computed += len(part)
         job.seconds += seconds

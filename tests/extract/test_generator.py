@@ -163,6 +163,27 @@ def test_different_rows_and_samples_have_draws_of_their_own(tiny_model):
     assert all(len(set(answers)) > 8 for answers in found)
 
 
+def test_samples_that_are_the_same_so_far_are_read_once(tiny_model, monkeypatch):
+    """Two that share all draws, one that shares the first three, and one that shares none."""
+    made = make(tiny_model("llama"))
+    prefix, rows = split_at(made, common_prefix(made[1]))
+    draws = uniform(4, 4)
+    draws[:, 1] = draws[:, 0]
+    draws[:, 2, :3] = draws[:, 0, :3]
+    real, read = generator.tree_logits, []
+    monkeypatch.setattr(
+        generator,
+        "tree_logits",
+        lambda model, tokens, keep, **more: read.append(len(tokens.ids)) or real(model, tokens, keep, **more),
+    )
+    found = made[0].samples(rows, prefix, draws)
+    assert read[1:4] == [8, 8, 8]
+    assert set(read[4:9]) == {12}
+    for branch in range(4):
+        alone = made[0].samples(rows, prefix, draws[:, branch : branch + 1])
+        assert [answers[branch] for answers in found] == [answers[0] for answers in alone]
+
+
 class Scripted:
     """An LLM that says given tokens, whatever it reads."""
 

@@ -92,6 +92,19 @@ def test_a_chat(settings, tmp_path):
     assert len(found) == 6
 
 
+def test_what_prompts_begin_with_is_read_once_for_all_readouts(settings, tiny_rows, tmp_path, monkeypatch):
+    real, lengths = Generator.read_prefix, []
+    monkeypatch.setattr(Generator, "read_prefix", lambda self, ids: lengths.append(len(ids)) or real(self, ids))
+    data = {**settings().data, "dev": tiny_rows(10, 2)}
+    extract_cache(tmp_path / "a", settings(data=data, readouts=KINDS, shots=(0, 1)))
+    assert len(lengths) == 4
+    assert lengths[1] > lengths[0]
+    for kind in KINDS:
+        extract_cache(tmp_path / "b", settings(data=data, readouts=(kind,), shots=(0, 1)))
+    for split in ("test", "dev"):
+        same_answers(read(tmp_path / "a", split), read(tmp_path / "b", split))
+
+
 def test_readouts_are_added_to_a_finished_cache_and_add_up(settings, tmp_path, monkeypatch):
     folder = tmp_path / "c"
     extract_cache(folder, settings())

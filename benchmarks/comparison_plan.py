@@ -34,7 +34,7 @@ class Plan:
     data set. Heads had three each, too; relish more besides (recipe-log.md)."""
     search: tuple[str, ...] = ()
     """More options of `relish tune` in that choice."""
-    tune: tuple[str, ...] = ("--batch-size", "32")
+    tune: tuple[str, ...] = ()
     """More options of `relish tune`."""
     train: tuple[str, ...] = ()
     """More options of `relish train`."""

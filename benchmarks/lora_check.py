@@ -1,7 +1,9 @@
 """`relish tune --method lora` beside transformers' own regression: do both learn the same from the same rows?
 
-    python benchmarks/lora_check.py ../shared/data/stsb --rows 1000 --out lora_check.json
+    python benchmarks/lora_check.py ../shared/data/stsb --rows 500,125,250 --lr 1e-3 --out lora_check.json
     python benchmarks/lora_check.py --small
+
+So many rows of train, dev and test are drawn as `comparison.py --rows` draws them: its LoRA row learns from the same.
 
 The other side is AutoModelForSequenceClassification(num_labels=1) with peft's LoRA in a plain loop: the same r, α,
 dropout, rows, batches, epochs, learning rates and standardised targets, squared error, the best epoch by validation
@@ -23,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from backbones import WORDS, smollm2_folder, tiny_model
+from comparison import draw_rows
 from measure import arguments, save, table
 from torch import Tensor, nn
 
@@ -182,7 +185,7 @@ def described(
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("data", type=Path, nargs="?", help="folder of STS-B's train.csv, dev.csv and test.csv")
-    parser.add_argument("--rows", type=int, default=1000, help="training rows")
+    parser.add_argument("--rows", default="1000,500,1000", help="rows of train, dev and test")
     parser.add_argument("--epochs", type=int, default=TuneSettings.epochs)
     parser.add_argument("--lr", type=float)
     parser.add_argument("--seeds", type=int, default=1, help="how many")
@@ -195,10 +198,14 @@ def main() -> None:
         if given.small:
             model = tiny_model(Path(home) / "tiny")
             tables: dict[str, Any] = {"train": made_up(96, 0), "dev": made_up(24, 1), "test": made_up(48, 2)}
-            given.rows, given.lr, given.epochs = 96, 1e-2, 8
+            given.lr, given.epochs = 1e-2, 8
         else:
             model = smollm2_folder()
-            tables = {name: list(read_rows(given.data / f"{name}.csv")) for name in ("train", "dev", "test")}
+            counts = zip(("train", "dev", "test"), map(int, given.rows.split(",")), strict=True)
+            tables = {
+                name: list(read_rows(draw_rows(given.data / f"{name}.csv", Path(home) / f"{name}.csv", count)))
+                for name, count in counts
+            }
         test = tables.pop("test")
         sides: dict[str, list[dict[str, Any]]] = {"relish tune": [], "transformers and peft": []}
         for seed in range(given.seeds):
@@ -208,7 +215,6 @@ def main() -> None:
                 data=tables,
                 method="lora",
                 loss="mse",
-                rows=given.rows,
                 epochs=given.epochs,
                 lr=given.lr,
                 batch_size=BATCH,
@@ -219,7 +225,8 @@ def main() -> None:
             splits = read_splits(settings, test, model)
             sides["relish tune"].append(ours(model, settings, splits, Path(home) / f"adapter-{seed}"))
             sides["transformers and peft"].append(theirs(model, settings, splits, same_start=given.same_start))
-    save(given.out, {"rows": given.rows, "epochs": given.epochs, "seeds": given.seeds, "sides": sides})
+    rows = {name: len(split) for name, split in splits.items()}
+    save(given.out, {"rows": rows, "epochs": given.epochs, "seeds": given.seeds, "sides": sides})
     lines = [
         (
             name,

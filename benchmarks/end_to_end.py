@@ -23,8 +23,8 @@ import tempfile
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
-from typing import Any
 
+from clock import Clock
 from measure import Figures, Rival, arguments, race, save, table
 from passes import SHAPES, all_shapes, extracted, floor, models, named, relish
 from texts import sample
@@ -32,24 +32,6 @@ from texts import sample
 ROWS = 5749
 EPOCHS = 5
 CELLS = (1, 3, 15)
-
-
-class Clock:
-    """A listener that notes how long epochs take."""
-
-    def __init__(self) -> None:
-        self.epochs: list[float] = []
-
-    def plan(self, cells: Any, steps: Any) -> None: ...
-
-    def start(self, cell: Any) -> None: ...
-
-    def step(self, cell: Any, done: int) -> None: ...
-
-    def epoch(self, cell: Any, record: Any) -> None:
-        self.epochs.append(record.seconds)
-
-    def end(self, cell: Any, status: str, metrics: Any) -> None: ...
 
 
 def training(cache: Path, home: Path) -> Callable[[], float]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from caches import random_cache
+from clock import Clock
 from measure import save, table
 
 from relish.train.grid import train_heads
@@ -49,26 +50,6 @@ TITLES = {
     "rows": "training rows, an epoch",
     "cells": "cells, a whole grid",
 }
-
-
-class Clock:
-    """A listener that notes when steps end and how long epochs take."""
-
-    def __init__(self) -> None:
-        self.steps: list[float] = []
-        self.epochs: list[float] = []
-
-    def plan(self, cells: Any, steps: Any) -> None: ...
-
-    def start(self, cell: Any) -> None: ...
-
-    def step(self, cell: Any, done: int) -> None:
-        self.steps.append(time.perf_counter())
-
-    def epoch(self, cell: Any, record: Any) -> None:
-        self.epochs.append(record.seconds)
-
-    def end(self, cell: Any, status: str, metrics: Any) -> None: ...
 
 
 def step_seconds(folder: Path, D: int, T: int, L: int) -> float:

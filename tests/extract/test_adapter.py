@@ -13,6 +13,8 @@ from relish.extract.files import BackboneFiles, find_backbone
 from relish.extract.pipeline import extract_cache
 from relish.extract.settings import ExtractSettings
 
+from ..heard import Heard
+
 TEXTS = ["a film so warm", "a play so dull, clumsy, noisy and bleak that nobody stayed", "fresh"]
 PROMPT = "Rate: {text}\nScore:"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -149,20 +151,6 @@ def test_a_cache_without_an_adapter_says_so(tiny_cache):
 
 
 # Notes
-
-
-class Heard:
-    def __init__(self):
-        self.notes = []
-
-    def note(self, text):
-        self.notes.append(text)
-
-    def begin(self, rows, tokens):
-        pass
-
-    def advance(self, rows, tokens):
-        pass
 
 
 def test_another_prompt_is_noted(tuned, tiny_model, tiny_rows, tmp_path):

@@ -12,19 +12,7 @@ from relish.extract.files import BackboneFiles
 from relish.extract.pipeline import extract_cache
 from relish.extract.settings import ExtractSettings
 
-
-class Notes:
-    def __init__(self):
-        self.notes = []
-
-    def note(self, text):
-        self.notes.append(text)
-
-    def begin(self, rows, tokens):
-        pass
-
-    def advance(self, rows, tokens):
-        pass
+from ..heard import Heard
 
 
 @pytest.fixture
@@ -33,7 +21,7 @@ def extract(tiny_model, tiny_rows, tmp_path):
 
     def run(**changes):
         options = {"model": model, "data": {"train": tiny_rows(6)}, "label_range": (0.0, 5.0), "device": "cpu"}
-        heard = Notes()
+        heard = Heard()
         extract_cache(tmp_path / "c", ExtractSettings(**{**options, **changes}), progress=heard)
         return heard.notes
 

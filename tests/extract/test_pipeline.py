@@ -16,24 +16,9 @@ from relish.extract.backbone import Backbone
 from relish.extract.pipeline import extract_cache
 from relish.extract.settings import ExtractSettings
 
+from ..heard import Heard
+
 COUNT = 12
-
-
-class Heard:
-    """A progress that remembers."""
-
-    def __init__(self):
-        self.notes, self.begun, self.rows, self.tokens = [], [], 0, 0
-
-    def note(self, text):
-        self.notes.append(text)
-
-    def begin(self, rows, tokens):
-        self.begun.append((rows, tokens))
-
-    def advance(self, rows, tokens):
-        self.rows += rows
-        self.tokens += tokens
 
 
 @pytest.fixture

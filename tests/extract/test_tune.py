@@ -15,22 +15,10 @@ from relish.extract.tune import tune_adapter
 from relish.extract.tune_methods import HEAD, RegressionHead
 from relish.extract.tune_settings import TuneSettings
 
+from ..heard import Heard
+
 METHODS = ("lora", "raft")
 FILES = ("adapter_config.json", "adapter_model.safetensors")
-
-
-class Heard:
-    def __init__(self):
-        self.notes, self.begun, self.advanced = [], [], [0, 0]
-
-    def note(self, text):
-        self.notes.append(text)
-
-    def begin(self, rows, tokens):
-        self.begun.append((rows, tokens))
-
-    def advance(self, rows, tokens):
-        self.advanced = [self.advanced[0] + rows, self.advanced[1] + tokens]
 
 
 def contents(folder):
@@ -221,7 +209,7 @@ def test_a_tuning_that_was_stopped_goes_on_to_the_same_adapter(
     tune_adapter(tmp_path / "a", tune_settings(method), listener=heard)
     assert f"going on after step {stops[-1]}" in heard.notes
     (begun,) = heard.begun
-    assert list(begun) == heard.advanced
+    assert begun == (heard.rows, heard.tokens)
     assert weights(tmp_path / "a") == weights(tuned(method))
     assert not (tmp_path / "a" / CHECKPOINT).exists()
     histories = [

@@ -25,7 +25,7 @@ import numpy as np
 from caches import cut_cache, random_cache
 from measure import HERE, cpu_seconds, peak_mb, save, table
 
-from relish.train.settings import TrainSettings, parse_range
+from relish.train.settings import EPOCHS, parse_range
 
 SAMPLE = 100  # steps
 METRICS = ("pearson", "nrmse")
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("cache", type=Path, nargs="?", help="a cache, such as STS-B's")
     parser.add_argument("--layer", type=int)
     parser.add_argument("--rows", type=int, help="only the first so many training rows")
-    parser.add_argument("--epochs", type=int, default=TrainSettings.epochs)
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--depths", default="1-5")
     parser.add_argument("--seeds", default="0-2")
     parser.add_argument("--full", action="store_true", help="train every cell of the rival")

@@ -15,7 +15,7 @@ from typing import Any
 from relish.train.grid import train_heads
 from relish.train.settings import TrainSettings, parse_layer, parse_range
 
-START = {"epochs": 10, "weight_decay": 0.01, "loss": "huber"}
+START = {"epochs": 10, "patience": 3, "weight_decay": 0.01, "loss": "huber"}
 """Where the search began: what a recipe does not name."""
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -54,6 +54,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "e5-decay5-mse": {"epochs": 5, "weight_decay": 5.0, "loss": "mse"},
     "e5-decay20-mse": {"epochs": 5, "weight_decay": 20.0, "loss": "mse"},
     "e5-decay1-lr1e-4": {"epochs": 5, "weight_decay": 1.0, "lr": 1e-4},
+    **{f"e{n}-own": {"epochs": n, "patience": n, "weight_decay": None, "loss": "mse"} for n in (5, 10, 20, 40)},
     "e4-decay1": {"epochs": 4, "weight_decay": 1.0},
     "e8-decay1": {"epochs": 8, "weight_decay": 1.0},
     "warmup0.2": {"warmup": 0.2},

@@ -2,7 +2,7 @@
 
 `nn.MultiheadAttention` with a key padding mask, every slot of the batch projected, no folding, torch's default AdamW
 (decay on the matrices only, as relish has it).
-Same parameters as `RelishHead`; benchmarks/grid.py compares what the two have learnt.
+Same parameters as `RelishHead`, drawn the same way; benchmarks/grid.py compares what the two have learnt.
 """
 
 import math
@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+
+from relish.train.head import BRANCH
 
 
 class PlainRelish(nn.Module):
@@ -35,10 +37,12 @@ class PlainStep(nn.Module):
         super().__init__()
         self.attention = nn.MultiheadAttention(latent_size, num_heads, batch_first=True)
         self.norm1 = nn.LayerNorm(latent_size)
-        self.ffn = nn.Sequential(
-            nn.Linear(latent_size, 4 * latent_size), nn.GELU(), nn.Linear(4 * latent_size, latent_size)
-        )
+        up, down = nn.Linear(latent_size, 4 * latent_size), nn.Linear(4 * latent_size, latent_size)
+        self.ffn = nn.Sequential(up, nn.GELU(), down)
         self.norm2 = nn.LayerNorm(latent_size)
+        with torch.no_grad():
+            self.attention.out_proj.weight.mul_(BRANCH)
+            down.weight.mul_(BRANCH)
 
     def forward(self, state: Tensor, tokens: Tensor, padding: Tensor) -> Tensor:
         read, _ = self.attention(state, tokens, tokens, key_padding_mask=padding, need_weights=False)

@@ -25,9 +25,10 @@ from torch import Tensor
 
 from relish.cache.reader import open_cache
 from relish.train.data import feature_moments, ordered_batches, read_ahead, shuffled_batches, training_rows
+from relish.train.known import own_recipe
 from relish.train.metrics import score
 from relish.train.scale import InputScale
-from relish.train.settings import LEARNING_RATES, WEIGHT_DECAYS, TrainSettings
+from relish.train.settings import EPOCHS, TrainSettings
 
 UNCOUNTED = 5  # first steps of a sample, in which memory is still being taken
 
@@ -36,6 +37,9 @@ def train(given: argparse.Namespace) -> dict[str, Any]:
     settings = TrainSettings(layer=given.layer, epochs=given.epochs)
     cache = open_cache(given.cache)
     rows, val = training_rows(cache, settings)
+    recipe = own_recipe(settings, "relish", len(rows))
+    assert recipe.lr is not None
+    assert recipe.weight_decay is not None
     inputs = InputScale(cache.hidden_size)
     moments = feature_moments(rows, None)
     inputs.set(moments.mean, moments.std)
@@ -46,16 +50,16 @@ def train(given: argparse.Namespace) -> dict[str, Any]:
     order = np.random.default_rng(given.seed)
 
     def batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for _ in range(settings.epochs):
+        for _ in range(recipe.epochs):
             for hidden, mask, target in read_ahead(rows, shuffled_batches(rows, settings.batch_size, order)):
                 yield (hidden.float() - inputs.mean) / inputs.scale, mask, (target - target_mean) / target_std
 
     step = train_plainly(
         head,
         batches(),
-        LEARNING_RATES["relish"],
-        WEIGHT_DECAYS["relish"],
-        steps=settings.epochs * per_epoch,
+        recipe.lr,
+        recipe.weight_decay,
+        steps=recipe.epochs * per_epoch,
         warmup=settings.warmup,
     )
 
@@ -73,7 +77,7 @@ def train(given: argparse.Namespace) -> dict[str, Any]:
 
     if given.sample is not None:
         seconds = []
-        for _ in range(min(given.sample, settings.epochs * per_epoch)):
+        for _ in range(min(given.sample, recipe.epochs * per_epoch)):
             started = time.perf_counter()
             step()
             seconds.append(time.perf_counter() - started)
@@ -86,13 +90,13 @@ def train(given: argparse.Namespace) -> dict[str, Any]:
             "epoch_s": per_epoch * sum(counted) / len(counted) + validation,
         }
     best, best_state, best_epoch = {"nrmse": math.inf}, head.state_dict(), 0
-    for epoch in range(1, settings.epochs + 1):
+    for epoch in range(1, recipe.epochs + 1):
         for _ in range(per_epoch):
             step()
         figures = validate()
         if figures["nrmse"] < best["nrmse"]:
             best, best_state, best_epoch = figures, copy.deepcopy(head.state_dict()), epoch
-        elif epoch - best_epoch >= settings.patience:
+        elif epoch - best_epoch >= recipe.patience:
             break
     if given.out is not None:
         torch.save(best_state, given.out)
@@ -105,7 +109,7 @@ if __name__ == "__main__":
     parser.add_argument("--depth", type=int, required=True)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--layer", type=int)
-    parser.add_argument("--epochs", type=int, default=TrainSettings.epochs)
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--sample", type=int, help="only time so many steps and one validation")
     parser.add_argument("--out", type=Path, help="the best epoch's weights")
     print(json.dumps(train(parser.parse_args())))

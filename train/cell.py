@@ -45,7 +45,8 @@ class Training:
         """The most steps a cell may take."""
         if cell.head in CLOSED_FORM:
             return 1
-        return self.settings.epochs * -(-len(self.train) // self.settings.batch_size)
+        epochs = own_recipe(self.settings, cell.head, len(self.train)).epochs
+        return epochs * -(-len(self.train) // self.settings.batch_size)
 
     def spec(self, cell: CellName) -> HeadSpec:
         """The shape of a cell's head."""
@@ -111,16 +112,15 @@ def _train(training: Training, cell: CellName, listener: Listener | None) -> dic
         torch.manual_seed(cell.seed)
         head = build_head(spec)
         target = train.target
-        recipe = own_recipe(settings, cell.head)
-        lr, weight_decay = recipe["lr"], recipe["weight_decay"]
+        recipe = own_recipe(settings, cell.head, len(train))
         history: list[EpochRecord] = []
         if cell.head in CLOSED_FORM:
             alpha = _fit_ridge(head, train, val, label_range)
             extra: dict[str, Any] = {"alpha": alpha}
             head.to(device)
         else:
-            assert lr is not None
-            assert weight_decay is not None
+            assert recipe.lr is not None
+            assert recipe.weight_decay is not None
             head.target_scale.set(float(target.mean()), float(target.std()))
             moments = training.moments_for(head)
             if moments is not None:
@@ -131,8 +131,10 @@ def _train(training: Training, cell: CellName, listener: Listener | None) -> dic
                 train,
                 val,
                 settings=settings,
-                lr=lr,
-                weight_decay=weight_decay,
+                epochs=recipe.epochs,
+                patience=recipe.patience,
+                lr=recipe.lr,
+                weight_decay=recipe.weight_decay,
                 seed=cell.seed,
                 label_range=label_range,
                 device=device,
@@ -157,7 +159,7 @@ def _train(training: Training, cell: CellName, listener: Listener | None) -> dic
         "head": {name: value for name, value in asdict(spec).items() if value is not None},
         "seed": cell.seed,
         "parameters": count_parameters(head),
-        "settings": {**training.config["settings"], **recipe},
+        "settings": {**training.config["settings"], **asdict(recipe)},
     }
     save_run(training.out / str(cell), head, config={**training.config, **own}, history=history, metrics=metrics)
     return metrics

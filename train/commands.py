@@ -21,7 +21,9 @@ def train(
     head: Annotated[str, typer.Option("--head", help=f"{', '.join(HEADS)}; several with commas.")] = "relish",
     depths: Annotated[str, typer.Option(help="Refinement steps of relish: 3, 1-5 or 1,3.")] = "3",
     seeds: Annotated[str, typer.Option(help="0, 0-2 or 0,7.")] = "0",
-    epochs: Annotated[int, typer.Option(help="Passes over the training rows, at most.")] = TrainSettings.epochs,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the training rows, at most; default 5, on few rows more.")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate; default each head's own.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows per step.")] = TrainSettings.batch_size,
     loss: Annotated[str, typer.Option(help="mse or huber.")] = TrainSettings.loss,
@@ -33,8 +35,9 @@ def train(
         float, typer.Option(help="Share of the steps in which the learning rate rises.")
     ] = TrainSettings.warmup,
     patience: Annotated[
-        int, typer.Option(help="Epochs without a better validation NRMSE before a cell stops.")
-    ] = TrainSettings.patience,
+        int | None,
+        typer.Option(help="Epochs without a better validation NRMSE before a cell stops; default 3 of 5."),
+    ] = None,
     standardise: Annotated[
         bool, typer.Option("--standardise/--no-standardise", help="Scale the hidden states per dimension.")
     ] = TrainSettings.standardise,

@@ -1,6 +1,8 @@
 """What a folder holds already: cells that are done or diverged in the same training; another training is refused."""
 
 import json
+import math
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +11,29 @@ from ..cache.lock import LOCK
 from .diverged import DivergedCell, find_diverged
 from .progress import CellName
 from .run import Run, cell_folders, find_runs
-from .settings import CLOSED_FORM, LEARNING_RATES, WEIGHT_DECAYS, TrainSettings
+from .settings import CLOSED_FORM, EPOCHS, LEARNING_RATES, LEAST_STEPS, WEIGHT_DECAYS, TrainSettings
 
 
-def own_recipe(settings: TrainSettings, head: str) -> dict[str, float | None]:
-    """ "lr" and "weight_decay" that a head is trained with; None if it is solved instead."""
+@dataclass(frozen=True)
+class Recipe:
+    """What settings leave to the head and to the number of rows."""
+
+    lr: float | None
+    """None if the head is solved."""
+    weight_decay: float | None
+    """None if the head is solved."""
+    epochs: int
+    patience: int
+
+
+def own_recipe(settings: TrainSettings, head: str, rows: int) -> Recipe:
+    """What a head is trained with on so many rows."""
+    epochs = settings.epochs or max(EPOCHS, math.ceil(LEAST_STEPS / math.ceil(rows / settings.batch_size)))
+    patience = settings.patience or math.ceil(3 / 5 * epochs)
     if head in CLOSED_FORM:
-        return {"lr": None, "weight_decay": None}
+        return Recipe(None, None, epochs, patience)
     decay = settings.weight_decay if settings.weight_decay is not None else WEIGHT_DECAYS[head]
-    return {"lr": settings.lr or LEARNING_RATES[head], "weight_decay": decay}
+    return Recipe(settings.lr or LEARNING_RATES[head], decay, epochs, patience)
 
 
 def comparable(config: dict[str, Any], settings: TrainSettings, head: str) -> dict[str, Any]:
@@ -26,7 +42,7 @@ def comparable(config: dict[str, Any], settings: TrainSettings, head: str) -> di
         "rows": {name: config[name] for name in ("layer", "label_range", "train_rows")},
         "data": config["data"],
         "identity": config["identity"],
-        "settings": {**config["settings"], **own_recipe(settings, head)},
+        "settings": {**config["settings"], **asdict(own_recipe(settings, head, config["train_rows"]))},
     }
     return json.loads(json.dumps(parts))
 

@@ -48,6 +48,8 @@ def train_head(
     val: Rows,
     *,
     settings: TrainSettings,
+    epochs: int,
+    patience: int,
     lr: float,
     weight_decay: float,
     seed: int,
@@ -66,6 +68,8 @@ def train_head(
         train: rows to learn from.
         val: rows that decide which epoch is best.
         settings: the recipe.
+        epochs: passes over `train`, at most.
+        patience: epochs without a better validation NRMSE before it stops.
         lr: highest learning rate; the weights of a mix of layers have one of their own.
         weight_decay: AdamW's.
         seed: draws the order of the rows.
@@ -84,7 +88,7 @@ def train_head(
             "--no-standardise"
         )
     generator = np.random.default_rng(seed)
-    steps = settings.epochs * math.ceil(len(train) / settings.batch_size)
+    steps = epochs * math.ceil(len(train) / settings.batch_size)
     faster = {head.weights: MIX_LEARNING_RATE / lr} if isinstance(head, MixedHead) else None
     optimizer = AdamW(head, weight_decay=weight_decay, faster=faster)
     factor = _warmup_cosine(steps, settings.warmup)
@@ -94,7 +98,7 @@ def train_head(
     history: list[EpochRecord] = []
     best, best_state = math.inf, copy.deepcopy(head.state_dict())
     done = 0
-    for epoch in range(1, settings.epochs + 1):
+    for epoch in range(1, epochs + 1):
         started = time.perf_counter()
         head.train()
         losses: list[Tensor] = []
@@ -114,7 +118,7 @@ def train_head(
         on_epoch(history[-1])
         if figures["nrmse"] < best:
             best, best_state = figures["nrmse"], copy.deepcopy(head.state_dict())
-        elif epoch - best_epoch(history) >= settings.patience:
+        elif epoch - best_epoch(history) >= patience:
             break
     head.load_state_dict(best_state)
     head.eval()

@@ -21,7 +21,7 @@ HEADS = {
 CLOSED_FORM = ("ridge", "ridge-mean")
 LOSSES = ("huber", "mse")
 LEARNING_RATES = {
-    "relish": 3e-4,
+    "relish": 5e-4,
     "linear": 3e-3,
     "linear-last": 3e-3,
     "mlp": 1e-4,
@@ -29,6 +29,8 @@ LEARNING_RATES = {
     "attention": 1e-2,
 }
 """Each head's own, by the validation split of STS-B; relish's and mlp's by SICK's too (benchmarks/recipe-log.md)."""
+EPOCHS, LEAST_STEPS = 5, 600
+"""Heads learn from 2,000 rows and more in five epochs; fewer rows take more of them (benchmarks/recipe-log.md)."""
 WEIGHT_DECAYS = {"relish": 3.0, "linear": 1.0, "linear-last": 1.0, "mlp": 1.0, "mlp-last": 1.0, "attention": 1.0}
 """Each head's own, by the validation splits of STS-B, SICK and WMT en-zh."""
 
@@ -50,8 +52,8 @@ class TrainSettings:
     seeds: tuple[int, ...] = (0,)
     """Each seed draws weights and batches anew. Ridge has nothing to draw and is fitted once."""
 
-    epochs: int = 5
-    """Passes over the training rows, at most."""
+    epochs: int | None = None
+    """Passes over the training rows, at most; None for 5, or for as many as 600 steps take where that is more."""
     lr: float | None = None
     """Highest learning rate of AdamW; None for each head's own (LEARNING_RATES)."""
     batch_size: int = 16
@@ -65,8 +67,9 @@ class TrainSettings:
     """On the attention's, the FFN's and the MLP's output."""
     warmup: float = 0.05
     """Share of all steps in which the learning rate rises; then it falls to 0 along a cosine."""
-    patience: int = 3
-    """Epochs without a better validation NRMSE before a cell stops; the best epoch's weights are kept."""
+    patience: int | None = None
+    """Epochs without a better validation NRMSE before a cell stops; the best epoch's weights are kept. None for three
+    fifths of the epochs."""
     standardise: bool = True
     """Scale each dimension of the hidden states to mean 0 and deviation 1 over a sample of the training tokens."""
 
@@ -112,8 +115,9 @@ class TrainSettings:
         if self.loss not in LOSSES:
             raise SettingsError(f"loss must be one of {', '.join(LOSSES)}, not {self.loss!r}")
         for name in ("epochs", "batch_size", "patience", "latent_size", "num_heads"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} must be at least 1, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SettingsError(f"{name} must be at least 1, not {value}")
         if min(self.depths) < 1:
             raise SettingsError(f"a depth is at least 1, not {min(self.depths)}")
         if min(self.seeds) < 0:

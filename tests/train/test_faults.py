@@ -87,6 +87,8 @@ def test_a_loss_that_is_no_longer_finite_ends_the_cell_within_the_epoch(cache, m
             train,
             val,
             settings=settings,
+            epochs=1,
+            patience=1,
             lr=1e-3,
             weight_decay=1.0,
             seed=0,

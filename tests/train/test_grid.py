@@ -1,5 +1,7 @@
 import json
+import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from relish.train.data import Rows
 from relish.train.grid import grid_cells, train_heads
 from relish.train.loop import predict_rows
 from relish.train.run import load_head, load_run
-from relish.train.settings import HEADS, TrainSettings
+from relish.train.settings import HEADS, LEAST_STEPS, TrainSettings
 
 from .conftest import write_cache
 
@@ -82,6 +84,22 @@ def test_the_best_epochs_weights_are_kept_and_training_stops_early(cache, tmp_pa
     assert metrics["best_epoch"] == best["epoch"]
     assert metrics["val"]["nrmse"] == pytest.approx(best["val_nrmse"], abs=1e-12)
     assert len(history) == best["epoch"] + 2 < 60
+
+
+def test_on_few_rows_the_default_is_more_epochs_and_runs_say_how_many(cache, tmp_path):
+    """The same grid again, or with the same number written out, is the same training."""
+    settings = TrainSettings(heads=("linear", "ridge"), **{**SMALL, "epochs": None})
+    result = train_heads(cache, tmp_path / "r", settings)
+    rows = len(open_cache(cache).split("train"))
+    epochs = math.ceil(LEAST_STEPS / math.ceil(rows / settings.batch_size))
+    assert epochs > 5
+    config = json.loads((tmp_path / "r/linear-L0-seed0/config.json").read_text())
+    assert config["settings"]["epochs"] == epochs
+    assert config["settings"]["patience"] == math.ceil(3 / 5 * epochs)
+    for again in (settings, replace(settings, epochs=epochs)):
+        assert train_heads(cache, tmp_path / "r", again).cells == result.cells
+    with pytest.raises(RunError, match=f"has epochs {epochs}, this one 7"):
+        train_heads(cache, tmp_path / "r", replace(settings, epochs=7))
 
 
 def test_an_interrupted_grid_goes_on_with_the_missing_cells_only(cache, tmp_path):

@@ -118,6 +118,19 @@ def test_input_scale_standardises_what_the_head_reads(name):
     torch.testing.assert_close(head(hidden, mask), plain, rtol=0, atol=1e-9)
 
 
+def test_a_step_begins_by_changing_little():
+    """Weights are torch's usual ones, but for those that the latent state and what a step adds to it begin with."""
+    torch.manual_seed(0)
+    plain = PlainRelish(24, 2)
+    torch.manual_seed(0)
+    head = RelishHead(hidden_size=24, depth=2)
+    usual = RelishHead(hidden_size=24, depth=2)
+    usual.load_published_state_dict(plain.state_dict())
+    for (name, ours), theirs in zip(head.named_parameters(), usual.parameters(), strict=True):
+        factor = 0.1 if name.endswith(("out_proj.weight", "ffn.2.weight")) else 1.0
+        torch.testing.assert_close(ours, factor * theirs, msg=name)
+
+
 def test_published_weights_that_do_not_fit_are_refused_by_name():
     head = RelishHead(hidden_size=8, depth=2)
     with pytest.raises(SettingsError, match=r"do not fit a RELISH head of this depth and size: steps\.1\.attention"):

@@ -36,7 +36,8 @@ class RelishHead(nn.Module):
     ) -> None:
         """Make a head with random weights, drawn from torch's global generator.
 
-        They are torch's usual ones, but the latent state begins at a size of 0.02, and what a step adds to it at BRANCH.
+        They are torch's usual ones, but the latent state begins at a size of 0.02, and what a step adds to it at a
+        share BRANCH of theirs.
 
         Args:
             hidden_size: D, the width of the hidden states.

@@ -113,8 +113,8 @@ def main() -> None:
     if wrong:
         parser.error(f"the parts are {', '.join(PARTS)}; got {', '.join(sorted(wrong))}")
     counts = dict(zip(("train", "val", "test"), map(int, given.rows.split(",")), strict=True))
-    search = ("--rows", str(min(1000, counts["train"] // 2)))
-    plan = Plan(counts, search=search, compute=("--compute-dtype", given.compute_dtype))
+    some = ("--rows", str(min(1000, counts["train"] // 2)), "--batch-size", "32")
+    plan = Plan(counts, search=some, compute=("--compute-dtype", given.compute_dtype))
     tasks = [task for task in given.tasks.split(",") if task]
     backbones = {name: BACKBONES[name] for name in given.backbones.split(",")}
     if given.small:
@@ -139,11 +139,11 @@ def main() -> None:
             if not targets:
                 continue
             model, noted = find(), kept / f"rates-{backbone}.json"
+            files = drawn(task)
+            asked = {split: path for split, path in files.items() if split != "val"}
+            sources = (sourced(model, task, some, plan) for some in (files, asked))
+            cell = Cell(work / task / backbone, f"{task}-{backbone}", model, *sources)
             for part, target in targets.items():
-                files = drawn(task)
-                if part == "prompted":  # the LLM would answer to these rows too, and nobody would ask what
-                    del files["val"]
-                cell = Cell(work / task / backbone, f"{task}-{backbone}", model, sourced(model, task, files, plan))
                 if part == "tuned":
                     source = [] if noted.exists() else sourced(model, SEARCHED, drawn(SEARCHED), plan)
                     search = Search(work / "search" / backbone, backbone, source, plan.rates, plan.search, noted)

@@ -34,7 +34,7 @@ class Plan:
     data set. Heads had three each, too; relish more besides (recipe-log.md)."""
     search: tuple[str, ...] = ()
     """More options of `relish tune` in that choice."""
-    tune: tuple[str, ...] = ()
+    tune: tuple[str, ...] = ("--batch-size", "32")
     """More options of `relish tune`."""
     train: tuple[str, ...] = ()
     """More options of `relish train`."""
@@ -51,6 +51,8 @@ class Cell:
     model: Path
     source: list[str]
     """The options that say which texts which LLM reads."""
+    asked: list[str]
+    """The same without the validation rows: nobody wants to know what the LLM answers to those."""
 
     def step(self, name: str, words: list[str], *needs: str, late: Callable[[], list[str]] = list) -> Step:
         """A command of this cell, after others of it."""
@@ -83,9 +85,11 @@ def frozen_steps(cell: Cell, plan: Plan) -> list[Step]:
 
 def prompted_steps(cell: Cell, plan: Plan) -> list[Step]:
     """What the LLM answers. A report needs a trained head: one on the embeddings, which cost next to nothing."""
+    cache, layers = str(cell.home / "prompted-cache"), ["--layers", "0"]
     answers = ["--readouts", "greedy,samples,candidates", "--shots", plan.shots]
     return [
-        cell.extract("prompted", "--layers", "0", *answers),
+        cell.step("ask-prompted", ["extract", cache, *cell.asked, *layers, *answers]),
+        cell.extract("prompted", *layers, needs=("ask-prompted",)),
         *cell.heads("prompted", "prompted", "--head", "ridge-mean"),
     ]
 

@@ -54,7 +54,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "e5-decay5-mse": {"epochs": 5, "weight_decay": 5.0, "loss": "mse"},
     "e5-decay20-mse": {"epochs": 5, "weight_decay": 20.0, "loss": "mse"},
     "e5-decay1-lr1e-4": {"epochs": 5, "weight_decay": 1.0, "lr": 1e-4},
-    **{f"e{n}-own": {"epochs": n, "patience": n, "weight_decay": None, "loss": "mse"} for n in (5, 10, 20, 40)},
+    **{f"e{n}-own": {"epochs": n, "patience": n, "weight_decay": None, "loss": "mse"} for n in (5, 10, 15, 20, 40)},
     "e4-decay1": {"epochs": 4, "weight_decay": 1.0},
     "e8-decay1": {"epochs": 8, "weight_decay": 1.0},
     "warmup0.2": {"warmup": 0.2},

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from relish.train.head import BRANCH
+from relish.train.settings import STEP_SCALE
 
 
 class PlainRelish(nn.Module):
@@ -41,8 +41,8 @@ class PlainStep(nn.Module):
         self.ffn = nn.Sequential(up, nn.GELU(), down)
         self.norm2 = nn.LayerNorm(latent_size)
         with torch.no_grad():
-            self.attention.out_proj.weight.mul_(BRANCH)
-            down.weight.mul_(BRANCH)
+            self.attention.out_proj.weight.mul_(STEP_SCALE)
+            down.weight.mul_(STEP_SCALE)
 
     def forward(self, state: Tensor, tokens: Tensor, padding: Tensor) -> Tensor:
         read, _ = self.attention(state, tokens, tokens, key_padding_mask=padding, need_weights=False)

@@ -38,8 +38,7 @@ def train(given: argparse.Namespace) -> dict[str, Any]:
     cache = open_cache(given.cache)
     rows, val = training_rows(cache, settings)
     recipe = own_recipe(settings, "relish", len(rows))
-    assert recipe.lr is not None
-    assert recipe.weight_decay is not None
+    assert recipe is not None
     inputs = InputScale(cache.hidden_size)
     moments = feature_moments(rows, None)
     inputs.set(moments.mean, moments.std)

@@ -48,7 +48,7 @@ class Readout:
     answers: tuple[Any, ...] = ()
     """For each row: greedy a text, samples a list of texts, candidates a list of log-probabilities."""
     seconds: float = 0.0
-    """Computing them took that long."""
+    """Computing them took that long, as if no other readout shared the reading of what all prompts begin with."""
 
     @property
     def name(self) -> str:

@@ -69,11 +69,14 @@ class Generator:
         return not takes_trees(self.model)
 
     def read_prefix(self, ids: np.ndarray) -> Seen:
-        """Read what all rows begin with, once; (n,) token ids, n may be 0."""
+        """Read what all rows begin with, once, to the end; (n,) token ids, n may be 0."""
         import torch
 
         with torch.inference_mode():
-            return read_prefix(self.model, ids)
+            seen = read_prefix(self.model, ids)
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)  # so that its time is not that of what comes next
+        return seen
 
     def greedy(self, rows: Sequence[np.ndarray], prefix: Seen) -> list[str]:
         """The most likely answer, token by token.
@@ -86,8 +89,8 @@ class Generator:
             B texts: the answers' first line.
         """
 
-        def choose(logits: "torch.Tensor", _alive: list[tuple[int, int]], _step: int) -> np.ndarray:
-            return logits.argmax(-1).cpu().numpy()
+        def choose(logits: "torch.Tensor", place: np.ndarray, _alive: list[tuple[int, int]], _step: int) -> np.ndarray:
+            return logits.argmax(-1).cpu().numpy()[place]
 
         return [answers[0] for answers in self._decode(rows, prefix, 1, choose)]
 
@@ -105,11 +108,11 @@ class Generator:
         """
         import torch
 
-        def choose(logits: torch.Tensor, alive: list[tuple[int, int]], step: int) -> np.ndarray:
+        def choose(logits: torch.Tensor, place: np.ndarray, alive: list[tuple[int, int]], step: int) -> np.ndarray:
             draws = torch.tensor([uniform[row, branch, step] for row, branch in alive])
-            lines = max(1, _SAMPLED // logits.shape[1])
-            chosen = [_draw(*piece) for piece in zip(logits.split(lines), draws.split(lines), strict=True)]
-            return torch.cat(chosen).cpu().numpy()
+            lines = torch.from_numpy(place).to(logits.device).split(max(1, _SAMPLED // logits.shape[1]))
+            pieces = zip(lines, draws.split(len(lines[0])), strict=True)
+            return torch.cat([_draw(logits[line], draw) for line, draw in pieces]).cpu().numpy()
 
         return self._decode(rows, prefix, uniform.shape[1], choose)
 
@@ -138,9 +141,9 @@ class Generator:
         rows: Sequence[np.ndarray],
         prefix: Seen,
         branches: int,
-        choose: "Callable[[torch.Tensor, list[tuple[int, int]], int], np.ndarray]",
+        choose: "Callable[[torch.Tensor, np.ndarray, list[tuple[int, int]], int], np.ndarray]",
     ) -> list[list[str]]:
-        """`branches` answers to each row; `choose` picks a token for each line of logits."""
+        """`branches` answers to each row; `choose` picks a token for each, by the line of logits that is its own."""
         import torch
 
         answers: list[list[list[int]]] = [[[] for _ in range(branches)] for _ in rows]
@@ -152,7 +155,7 @@ class Generator:
                 nodes, place = _distinct(alive, answers)
                 logits = step_logits(nodes)
                 self._refuse(bool(logits.isnan().any()))
-                for (row, branch), token in zip(alive, choose(logits[place], alive, step).tolist(), strict=True):
+                for (row, branch), token in zip(alive, choose(logits, place, alive, step).tolist(), strict=True):
                     answers[row][branch].append(token)
                 alive = [(row, branch) for row, branch in alive if not self._ended(answers[row][branch])]
                 if not alive:
@@ -217,14 +220,14 @@ class _Node(NamedTuple):
     """A bit for each of those answers."""
 
 
-def _distinct(alive: list[tuple[int, int]], answers: list[list[list[int]]]) -> tuple[list[_Node], list[int]]:
+def _distinct(alive: list[tuple[int, int]], answers: list[list[list[int]]]) -> tuple[list[_Node], np.ndarray]:
     """The nodes that answers end in, each once, and the place among them of each answer's."""
     bits: dict[tuple[int, tuple[int, ...]], int] = {}
     keys = [(row, tuple(answers[row][branch])) for row, branch in alive]
     for key, (_, branch) in zip(keys, alive, strict=True):
         bits[key] = bits.get(key, 0) | 1 << branch
     number = {key: place for place, key in enumerate(bits)}
-    return [_Node(*key, branches) for key, branches in bits.items()], [number[key] for key in keys]
+    return [_Node(*key, branches) for key, branches in bits.items()], np.array([number[key] for key in keys])
 
 
 def _draw(logits: "torch.Tensor", uniform: "torch.Tensor") -> "torch.Tensor":

@@ -44,7 +44,7 @@ class ReadoutSummary:
     computed: int
     """Rows that were asked about this time."""
     seconds: float
-    """Computing those took that long."""
+    """Computing those took that long, as if no other readout shared the reading of what all prompts begin with."""
 
 
 def refuse_unanswerable(data: TextData, backbone: Backbone, settings: ExtractSettings) -> None:

@@ -14,7 +14,7 @@ from ..cache.version import __version__
 from .data import Moments, Rows, feature_moments, ordered_batches, read_ahead, training_rows
 from .diverged import DivergedCell, diverged_path, save_diverged
 from .heads import Head, HeadSpec, build_head, count_parameters
-from .known import comparable, own_recipe
+from .known import comparable, own_recipe, own_settings
 from .loop import Diverged, EpochRecord, best_epoch, predict_rows, train_head
 from .metrics import score
 from .mix import MixedHead
@@ -45,8 +45,9 @@ class Training:
         """The most steps a cell may take."""
         if cell.head in CLOSED_FORM:
             return 1
-        epochs = own_recipe(self.settings, cell.head, len(self.train)).epochs
-        return epochs * -(-len(self.train) // self.settings.batch_size)
+        recipe = own_recipe(self.settings, cell.head, len(self.train))
+        assert recipe is not None
+        return recipe.epochs * -(-len(self.train) // self.settings.batch_size)
 
     def spec(self, cell: CellName) -> HeadSpec:
         """The shape of a cell's head."""
@@ -114,13 +115,11 @@ def _train(training: Training, cell: CellName, listener: Listener | None) -> dic
         target = train.target
         recipe = own_recipe(settings, cell.head, len(train))
         history: list[EpochRecord] = []
-        if cell.head in CLOSED_FORM:
+        if recipe is None:
             alpha = _fit_ridge(head, train, val, label_range)
             extra: dict[str, Any] = {"alpha": alpha}
             head.to(device)
         else:
-            assert recipe.lr is not None
-            assert recipe.weight_decay is not None
             head.target_scale.set(float(target.mean()), float(target.std()))
             moments = training.moments_for(head)
             if moments is not None:
@@ -159,7 +158,7 @@ def _train(training: Training, cell: CellName, listener: Listener | None) -> dic
         "head": {name: value for name, value in asdict(spec).items() if value is not None},
         "seed": cell.seed,
         "parameters": count_parameters(head),
-        "settings": {**training.config["settings"], **asdict(recipe)},
+        "settings": own_settings(training.config, settings, cell.head),
     }
     save_run(training.out / str(cell), head, config={**training.config, **own}, history=history, metrics=metrics)
     return metrics

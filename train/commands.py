@@ -22,7 +22,8 @@ def train(
     depths: Annotated[str, typer.Option(help="Refinement steps of relish: 3, 1-5 or 1,3.")] = "3",
     seeds: Annotated[str, typer.Option(help="0, 0-2 or 0,7.")] = "0",
     epochs: Annotated[
-        int | None, typer.Option(help="Passes over the training rows, at most; default 5, on few rows more.")
+        int | None,
+        typer.Option(help="Passes over the training rows, at most; default 5, below 2,000 rows more."),
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate; default each head's own.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows per step.")] = TrainSettings.batch_size,
@@ -36,7 +37,7 @@ def train(
     ] = TrainSettings.warmup,
     patience: Annotated[
         int | None,
-        typer.Option(help="Epochs without a better validation NRMSE before a cell stops; default 3 of 5."),
+        typer.Option(help="Epochs without a better validation NRMSE before a cell stops; default 3/5 of all."),
     ] = None,
     standardise: Annotated[
         bool, typer.Option("--standardise/--no-standardise", help="Scale the hidden states per dimension.")

@@ -8,9 +8,7 @@ from torch import Tensor, nn
 from ..cache.errors import SettingsError
 from .refine import StepWeights, refine
 from .scale import InputScale, TargetScale
-
-BRANCH = 0.1
-"""Share of torch's usual size at which the weights begin that a step's attention and FFN end in."""
+from .settings import STEP_SCALE
 
 
 class RelishHead(nn.Module):
@@ -37,7 +35,7 @@ class RelishHead(nn.Module):
         """Make a head with random weights, drawn from torch's global generator.
 
         They are torch's usual ones, but the latent state begins at a size of 0.02, and what a step adds to it at a
-        share BRANCH of theirs.
+        share STEP_SCALE of theirs.
 
         Args:
             hidden_size: D, the width of the hidden states.
@@ -130,8 +128,8 @@ class RefinementStep(nn.Module):
         self.norm2 = nn.LayerNorm(latent_size)
         # A step begins by changing the state a little only: from few rows more is learnt so (benchmarks/recipe-log.md).
         with torch.no_grad():
-            self.attention.out_proj.weight.mul_(BRANCH)
-            down.weight.mul_(BRANCH)
+            self.attention.out_proj.weight.mul_(STEP_SCALE)
+            down.weight.mul_(STEP_SCALE)
 
 
 def _own_name(published: str) -> str:

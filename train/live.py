@@ -10,8 +10,8 @@ from rich.table import Table
 
 from .loop import EpochRecord
 from .progress import CellName
-from .settings import LEAST_STEPS
 
+_FEW_STEPS = 400  # by itself a training takes 600
 _ROWS = 30  # of a grid that is larger, cells in training stay on the screen
 _JUST_ENDED = 5  # …and then so many that ended last
 
@@ -45,11 +45,9 @@ class LiveTable:
         self._steps = steps
         self._started = time.monotonic()
         most = max(steps.values(), default=0)
-        if 1 < most < LEAST_STEPS:
-            self._console.print(
-                f"note: {most} steps per cell are few; without --epochs there are {LEAST_STEPS} or more",
-                highlight=False,
-            )
+        if 1 < most < _FEW_STEPS:
+            few = f"note: {most} steps per cell are few; a larger --epochs usually helps"
+            self._console.print(few, highlight=False)
         if self._console.is_terminal:
             self._live.start()
 

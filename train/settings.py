@@ -21,7 +21,7 @@ HEADS = {
 CLOSED_FORM = ("ridge", "ridge-mean")
 LOSSES = ("huber", "mse")
 LEARNING_RATES = {
-    "relish": 5e-4,
+    "relish": 3e-4,
     "linear": 3e-3,
     "linear-last": 3e-3,
     "mlp": 1e-4,
@@ -29,8 +29,10 @@ LEARNING_RATES = {
     "attention": 1e-2,
 }
 """Each head's own, by the validation split of STS-B; relish's and mlp's by SICK's too (benchmarks/recipe-log.md)."""
-EPOCHS, LEAST_STEPS = 5, 600
-"""Heads learn from 2,000 rows and more in five epochs; fewer rows take more of them (benchmarks/recipe-log.md)."""
+EPOCHS, LEAST_SEEN = 5, 10_000
+"""Heads learn in five epochs, and from few rows in as many as it takes to see 10,000 (benchmarks/recipe-log.md)."""
+STEP_SCALE = 0.1
+"""What a refinement step of relish adds to the latent state begins at so small a share of torch's usual weights."""
 WEIGHT_DECAYS = {"relish": 3.0, "linear": 1.0, "linear-last": 1.0, "mlp": 1.0, "mlp-last": 1.0, "attention": 1.0}
 """Each head's own, by the validation splits of STS-B, SICK and WMT en-zh."""
 
@@ -53,7 +55,8 @@ class TrainSettings:
     """Each seed draws weights and batches anew. Ridge has nothing to draw and is fitted once."""
 
     epochs: int | None = None
-    """Passes over the training rows, at most; None for 5, or for as many as 600 steps take where that is more."""
+    """Passes over the training rows, at most; None for 5, and on fewer than 2,000 rows for as many as it takes to see
+    10,000: 20 on 500."""
     lr: float | None = None
     """Highest learning rate of AdamW; None for each head's own (LEARNING_RATES)."""
     batch_size: int = 16

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +95,13 @@ def test_a_chat(settings, tmp_path):
 
 def test_what_prompts_begin_with_is_read_once_for_all_readouts(settings, tiny_rows, tmp_path, monkeypatch):
     real, lengths = Generator.read_prefix, []
-    monkeypatch.setattr(Generator, "read_prefix", lambda self, ids: lengths.append(len(ids)) or real(self, ids))
+
+    def read_prefix(self, ids):
+        lengths.append(len(ids))
+        time.sleep(0.2)
+        return real(self, ids)
+
+    monkeypatch.setattr(Generator, "read_prefix", read_prefix)
     data = {**settings().data, "dev": tiny_rows(10, 2)}
     extract_cache(tmp_path / "a", settings(data=data, readouts=KINDS, shots=(0, 1)))
     assert len(lengths) == 4
@@ -102,6 +109,8 @@ def test_what_prompts_begin_with_is_read_once_for_all_readouts(settings, tiny_ro
     for kind in KINDS:
         extract_cache(tmp_path / "b", settings(data=data, readouts=(kind,), shots=(0, 1)))
     for split in ("test", "dev"):
+        # Each says what it would have taken alone.
+        assert min(one.seconds for one in read(tmp_path / "a", split).values()) > 0.2
         same_answers(read(tmp_path / "a", split), read(tmp_path / "b", split))
 
 

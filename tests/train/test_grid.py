@@ -14,7 +14,7 @@ from relish.train.data import Rows
 from relish.train.grid import grid_cells, train_heads
 from relish.train.loop import predict_rows
 from relish.train.run import load_head, load_run
-from relish.train.settings import HEADS, LEAST_STEPS, TrainSettings
+from relish.train.settings import HEADS, TrainSettings
 
 from .conftest import write_cache
 
@@ -88,10 +88,9 @@ def test_the_best_epochs_weights_are_kept_and_training_stops_early(cache, tmp_pa
 
 def test_on_few_rows_the_default_is_more_epochs_and_runs_say_how_many(cache, tmp_path):
     """The same grid again, or with the same number written out, is the same training."""
-    settings = TrainSettings(heads=("linear", "ridge"), **{**SMALL, "epochs": None})
+    settings = TrainSettings(heads=("linear", "ridge"), batch_size=64, **{**SMALL, "epochs": None})
     result = train_heads(cache, tmp_path / "r", settings)
-    rows = len(open_cache(cache).split("train"))
-    epochs = math.ceil(LEAST_STEPS / math.ceil(rows / settings.batch_size))
+    epochs = math.ceil(10_000 / len(open_cache(cache).split("train")))
     assert epochs > 5
     config = json.loads((tmp_path / "r/linear-L0-seed0/config.json").read_text())
     assert config["settings"]["epochs"] == epochs
@@ -100,6 +99,24 @@ def test_on_few_rows_the_default_is_more_epochs_and_runs_say_how_many(cache, tmp
         assert train_heads(cache, tmp_path / "r", again).cells == result.cells
     with pytest.raises(RunError, match=f"has epochs {epochs}, this one 7"):
         train_heads(cache, tmp_path / "r", replace(settings, epochs=7))
+
+
+def test_what_a_ridge_does_not_learn_by_does_not_matter(cache, tmp_path):
+    settings = TrainSettings(heads=("ridge",), **SMALL)
+    first = train_heads(cache, tmp_path / "r", settings)
+    config = json.loads((tmp_path / "r/ridge-L0-seed0/config.json").read_text())["settings"]
+    assert [config[name] for name in ("lr", "weight_decay", "epochs", "patience", "step_scale")] == [None] * 5
+    again = replace(settings, epochs=7, patience=2, lr=0.5, weight_decay=0.5)
+    assert train_heads(cache, tmp_path / "r", again).cells == first.cells
+
+
+def test_runs_that_began_with_larger_steps_are_another_training(cache, tmp_path, monkeypatch):
+    settings = TrainSettings(heads=("relish",), depths=(1,), **SMALL)
+    monkeypatch.setattr("relish.train.known.STEP_SCALE", None)  # as runs from before it have it: not at all
+    train_heads(cache, tmp_path / "r", settings)
+    monkeypatch.undo()
+    with pytest.raises(RunError, match=r"relish-L1-seed0 has step_scale None, this one 0\.1"):
+        train_heads(cache, tmp_path / "r", replace(settings, depths=(1, 2)))
 
 
 def test_an_interrupted_grid_goes_on_with_the_missing_cells_only(cache, tmp_path):

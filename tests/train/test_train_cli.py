@@ -30,7 +30,7 @@ def test_a_grid_its_json_and_running_it_again(cache, tmp_path):
         ("ridge", 0, 0),
     ]
     assert 0 < figures["cells"][0]["val"]["nrmse"] < 2
-    assert "note: 6 steps per cell are few; without --epochs there are 600 or more" in result.stderr
+    assert "note: 6 steps per cell are few; a larger --epochs usually helps" in result.stderr
     again = relish(*words)
     assert again.exit_code == 0
     assert again.stderr.count("there already") == 3

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from relish.cache.reader import open_cache
 from relish.train.data import feature_moments, ordered_batches, read_ahead, shuffled_batches, training_rows
-from relish.train.known import own_recipe
 from relish.train.metrics import score
+from relish.train.recipe import own_recipe
 from relish.train.scale import InputScale
 from relish.train.settings import EPOCHS, TrainSettings
 

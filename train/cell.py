@@ -14,12 +14,13 @@ from ..cache.version import __version__
 from .data import Moments, Rows, feature_moments, ordered_batches, read_ahead, training_rows
 from .diverged import DivergedCell, diverged_path, save_diverged
 from .heads import Head, HeadSpec, build_head, count_parameters
-from .known import comparable, own_recipe, own_settings
+from .known import comparable
 from .loop import Diverged, EpochRecord, best_epoch, predict_rows, train_head
 from .metrics import score
 from .mix import MixedHead
 from .pooled import pool
 from .progress import CellName, Listener
+from .recipe import own_recipe, own_settings
 from .ridge import ALPHAS, solve_ridge
 from .ridge import Moments as RidgeMoments
 from .run import save_run
@@ -130,10 +131,7 @@ def _train(training: Training, cell: CellName, listener: Listener | None) -> dic
                 train,
                 val,
                 settings=settings,
-                epochs=recipe.epochs,
-                patience=recipe.patience,
-                lr=recipe.lr,
-                weight_decay=recipe.weight_decay,
+                recipe=recipe,
                 seed=cell.seed,
                 label_range=label_range,
                 device=device,

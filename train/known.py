@@ -1,8 +1,6 @@
 """What a folder holds already: cells that are done or diverged in the same training; another training is refused."""
 
 import json
-import math
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,44 +8,9 @@ from ..cache.errors import RunError
 from ..cache.lock import LOCK
 from .diverged import DivergedCell, find_diverged
 from .progress import CellName
+from .recipe import LEARNT, own_settings
 from .run import Run, cell_folders, find_runs
-from .settings import CLOSED_FORM, EPOCHS, LEARNING_RATES, LEAST_SEEN, STEP_SCALE, WEIGHT_DECAYS, TrainSettings
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What settings leave to the head and to the number of rows. A head that is solved has none of it."""
-
-    lr: float
-    weight_decay: float
-    epochs: int
-    patience: int
-    step_scale: float | None
-    """Of relish, see STEP_SCALE: runs from before it did not begin the same way."""
-
-
-_LEARNT = {field.name for field in fields(Recipe)}
-
-
-def own_recipe(settings: TrainSettings, head: str, rows: int) -> Recipe | None:
-    """What a head is trained with on so many rows; None if it is solved instead."""
-    if head in CLOSED_FORM:
-        return None
-    epochs = settings.epochs or max(EPOCHS, math.ceil(LEAST_SEEN / rows))
-    return Recipe(
-        lr=settings.lr or LEARNING_RATES[head],
-        weight_decay=settings.weight_decay if settings.weight_decay is not None else WEIGHT_DECAYS[head],
-        epochs=epochs,
-        patience=settings.patience or math.ceil(3 / 5 * epochs),
-        step_scale=STEP_SCALE if head == "relish" else None,
-    )
-
-
-def own_settings(config: dict[str, Any], settings: TrainSettings, head: str) -> dict[str, Any]:
-    """What a run's config.json says of the settings of one head."""
-    recipe = own_recipe(settings, head, config["train_rows"])
-    own = asdict(recipe) if recipe is not None else dict.fromkeys(_LEARNT)
-    return {**config["settings"], **own}
+from .settings import CLOSED_FORM, TrainSettings
 
 
 def comparable(config: dict[str, Any], settings: TrainSettings, head: str) -> dict[str, Any]:
@@ -59,7 +22,7 @@ def comparable(config: dict[str, Any], settings: TrainSettings, head: str) -> di
         "settings": {
             name: value
             for name, value in own_settings(config, settings, head).items()
-            if head not in CLOSED_FORM or name not in _LEARNT
+            if head not in CLOSED_FORM or name not in LEARNT
         },
     }
     return json.loads(json.dumps(parts))

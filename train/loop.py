@@ -16,6 +16,7 @@ from .data import Rows, read_ahead, shuffled_batches
 from .heads import Head
 from .metrics import score
 from .mix import MixedHead
+from .recipe import Recipe
 from .recorded import RecordedSteps
 from .settings import MIX_LEARNING_RATE, TrainSettings
 from .step import fetch, take_step
@@ -48,10 +49,7 @@ def train_head(
     val: Rows,
     *,
     settings: TrainSettings,
-    epochs: int,
-    patience: int,
-    lr: float,
-    weight_decay: float,
+    recipe: Recipe,
     seed: int,
     label_range: tuple[float, float],
     device: torch.device,
@@ -67,11 +65,8 @@ def train_head(
         head: with its scales set; on `device`.
         train: rows to learn from.
         val: rows that decide which epoch is best.
-        settings: the recipe.
-        epochs: passes over `train`, at most.
-        patience: epochs without a better validation NRMSE before it stops.
-        lr: highest learning rate; the weights of a mix of layers have one of their own.
-        weight_decay: AdamW's.
+        settings: what all heads share of the recipe.
+        recipe: the rest.
         seed: draws the order of the rows.
         label_range: for the NRMSE.
         device: where the head is.
@@ -88,9 +83,9 @@ def train_head(
             "--no-standardise"
         )
     generator = np.random.default_rng(seed)
-    steps = epochs * math.ceil(len(train) / settings.batch_size)
-    faster = {head.weights: MIX_LEARNING_RATE / lr} if isinstance(head, MixedHead) else None
-    optimizer = AdamW(head, weight_decay=weight_decay, faster=faster)
+    steps = recipe.epochs * math.ceil(len(train) / settings.batch_size)
+    faster = {head.weights: MIX_LEARNING_RATE / recipe.lr} if isinstance(head, MixedHead) else None
+    optimizer = AdamW(head, weight_decay=recipe.weight_decay, faster=faster)
     factor = _warmup_cosine(steps, settings.warmup)
     loss_of = nn.HuberLoss() if settings.loss == "huber" else nn.MSELoss()
     on_cuda = device.type == "cuda"
@@ -98,12 +93,12 @@ def train_head(
     history: list[EpochRecord] = []
     best, best_state = math.inf, copy.deepcopy(head.state_dict())
     done = 0
-    for epoch in range(1, epochs + 1):
+    for epoch in range(1, recipe.epochs + 1):
         started = time.perf_counter()
         head.train()
         losses: list[Tensor] = []
         for batch in read_ahead(train, shuffled_batches(train, settings.batch_size, generator), pinned=on_cuda):
-            losses.append(step(batch, lr=lr * factor(done)))
+            losses.append(step(batch, lr=recipe.lr * factor(done)))
             done += 1
             on_step(done)
             if done % _CHECK == 0 and not torch.stack(losses[-_CHECK:]).isfinite().all():
@@ -118,7 +113,7 @@ def train_head(
         on_epoch(history[-1])
         if figures["nrmse"] < best:
             best, best_state = figures["nrmse"], copy.deepcopy(head.state_dict())
-        elif epoch - best_epoch(history) >= patience:
+        elif epoch - best_epoch(history) >= recipe.patience:
             break
     head.load_state_dict(best_state)
     head.eval()

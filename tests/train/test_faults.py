@@ -17,6 +17,7 @@ from relish.cache.reader import open_cache
 from relish.train import loop
 from relish.train.grid import train_heads
 from relish.train.loop import Diverged
+from relish.train.recipe import Recipe
 from relish.train.run import find_runs, load_head
 from relish.train.settings import HEADS, TrainSettings
 
@@ -87,10 +88,7 @@ def test_a_loss_that_is_no_longer_finite_ends_the_cell_within_the_epoch(cache, m
             train,
             val,
             settings=settings,
-            epochs=1,
-            patience=1,
-            lr=1e-3,
-            weight_decay=1.0,
+            recipe=Recipe(lr=1e-3, weight_decay=1.0, epochs=1, patience=1, step_scale=None),
             seed=0,
             label_range=(0, 5),
             device=torch.device("cpu"),

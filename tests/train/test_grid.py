@@ -112,7 +112,7 @@ def test_what_a_ridge_does_not_learn_by_does_not_matter(cache, tmp_path):
 
 def test_runs_that_began_with_larger_steps_are_another_training(cache, tmp_path, monkeypatch):
     settings = TrainSettings(heads=("relish",), depths=(1,), **SMALL)
-    monkeypatch.setattr("relish.train.known.STEP_SCALE", None)  # as runs from before it have it: not at all
+    monkeypatch.setattr("relish.train.recipe.STEP_SCALE", None)  # as runs from before it have it: not at all
     train_heads(cache, tmp_path / "r", settings)
     monkeypatch.undo()
     with pytest.raises(RunError, match=r"relish-L1-seed0 has step_scale None, this one 0\.1"):

@@ -1,7 +1,7 @@
 import pytest
 
 from relish.cache.errors import SettingsError
-from relish.train.known import own_recipe
+from relish.train.recipe import own_recipe
 from relish.train.settings import CLOSED_FORM, HEADS, TrainSettings, parse_layer, parse_range
 
 

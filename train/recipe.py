@@ -1,0 +1,48 @@
+"""The part of the recipe that depends on the head and on the number of rows."""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from .settings import CLOSED_FORM, EPOCHS, LEARNING_RATES, LEAST_SEEN, STEP_SCALE, WEIGHT_DECAYS, TrainSettings
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What settings leave to the head and to the number of rows. A head that is solved has none of it."""
+
+    lr: float
+    """Highest learning rate; the weights of a mix of layers have one of their own."""
+    weight_decay: float
+    """AdamW's."""
+    epochs: int
+    """Passes over the training rows, at most."""
+    patience: int
+    """Epochs without a better validation NRMSE before a cell stops."""
+    step_scale: float | None
+    """Of relish, see STEP_SCALE: runs from before it did not begin the same way."""
+
+
+LEARNT = {field.name for field in fields(Recipe)}
+"""What settings say in vain of a head that is solved."""
+
+
+def own_recipe(settings: TrainSettings, head: str, rows: int) -> Recipe | None:
+    """What a head is trained with on so many rows; None if it is solved instead."""
+    if head in CLOSED_FORM:
+        return None
+    epochs = settings.epochs or max(EPOCHS, math.ceil(LEAST_SEEN / rows))
+    return Recipe(
+        lr=settings.lr or LEARNING_RATES[head],
+        weight_decay=settings.weight_decay if settings.weight_decay is not None else WEIGHT_DECAYS[head],
+        epochs=epochs,
+        patience=settings.patience or math.ceil(3 / 5 * epochs),
+        step_scale=STEP_SCALE if head == "relish" else None,
+    )
+
+
+def own_settings(config: dict[str, Any], settings: TrainSettings, head: str) -> dict[str, Any]:
+    """What a run's config.json says of the settings of one head."""
+    recipe = own_recipe(settings, head, config["train_rows"])
+    own = asdict(recipe) if recipe is not None else dict.fromkeys(LEARNT)
+    return {**config["settings"], **own}

@@ -23,7 +23,7 @@ class Recipe:
     """Of relish, see STEP_SCALE: runs from before it did not begin the same way."""
 
 
-LEARNT = {field.name for field in fields(Recipe)}
+LEARNT = tuple(field.name for field in fields(Recipe))
 """What settings say in vain of a head that is solved."""
 
 

@@ -113,8 +113,11 @@ def main() -> None:
     if wrong:
         parser.error(f"the parts are {', '.join(PARTS)}; got {', '.join(sorted(wrong))}")
     counts = dict(zip(("train", "val", "test"), map(int, given.rows.split(",")), strict=True))
-    some = ("--rows", str(min(1000, counts["train"] // 2)), "--batch-size", "32")
-    plan = Plan(counts, search=some, compute=("--compute-dtype", given.compute_dtype))
+    plan = Plan(
+        counts,
+        search=("--rows", str(min(1000, counts["train"] // 2)), "--batch-size", "32"),
+        compute=("--compute-dtype", given.compute_dtype),
+    )
     tasks = [task for task in given.tasks.split(",") if task]
     backbones = {name: BACKBONES[name] for name in given.backbones.split(",")}
     if given.small:

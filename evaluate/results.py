@@ -187,8 +187,9 @@ def _meta(runs: Sequence[Run], cache: FeatureCache) -> dict[str, object]:
 def _recipe(runs: Sequence[Run]) -> dict[str, object]:
     """The settings; where heads have their own, those of each."""
     shown: dict[str, object] = {}
-    for name in runs[0].settings:
-        of_head = {run.head.name: run.settings[name] for run in runs if run.settings[name] is not None}
+    # Runs of an earlier relish may lack a setting that others have.
+    for name in dict.fromkeys(name for run in runs for name in run.settings):
+        of_head = {run.head.name: run.settings[name] for run in runs if run.settings.get(name) is not None}
         values = list(of_head.values())
         if not values:
             continue

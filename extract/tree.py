@@ -199,12 +199,12 @@ def _same_as_alone(model: Any) -> bool:
         share = 1e-3 if logits.dtype == torch.float32 else 0.05
         return bool((logits.float() - expected).abs().max() <= share * expected.abs().max())
     except Exception as error:
+        # A model that cannot take masks or positions of ours says so in whatever way its code does.
         if out_of_memory(error):
             raise BackboneError(
                 "out of memory on ten tokens beside the LLM's weights; use a smaller --compute-dtype, or a device with "
                 "more memory"
             ) from None
-        # A model that cannot take masks or positions of ours says so in whatever way its code does.
         return False
     finally:
         _tested.pop(model, None)  # not there yet if memory ran out at once

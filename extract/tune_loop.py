@@ -222,7 +222,7 @@ def _take_step(
     try:
         nn.utils.clip_grad_norm_(parameters, 1.0)
         state.optimizer.step()
-    except Exception as error:
+    except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         raise BackboneError(

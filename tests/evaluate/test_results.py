@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from relish.cache.errors import CacheError, DataError, RunError
+from relish.cache.jsonfile import sealed_text
 from relish.cache.reader import open_cache
 from relish.cache.speed import add_speed
 from relish.evaluate.results import evaluate_runs
@@ -55,6 +56,16 @@ def test_cells_carry_validation_figures_and_what_they_cost(cache, runs, tmp_path
     tokens = open_cache(timed).manifest.splits["test"].tokens
     llm = 1000 * 0.1 * tokens / 32
     assert all(llm < cell.extras["seconds_per_1000_rows"] < llm + 1000 for cell in results.cells)
+
+
+@pytest.mark.parametrize("older", ["ridge-L0-seed0", "relish-L1-seed0"])
+def test_a_run_of_an_earlier_relish_may_lack_a_setting_that_others_have(runs, tmp_path, older):
+    folder = shutil.copytree(runs, tmp_path / "runs")
+    path = folder / older / "config.json"
+    config = json.loads(path.read_text())
+    del config["sha256"], config["settings"]["step_scale"]
+    path.write_text(sealed_text(config))
+    assert evaluate_runs(folder).meta["step scale"] == 0.1
 
 
 def test_the_report_says_its_task_adapter_and_backbones_size(cache, runs, tmp_path):

@@ -101,9 +101,9 @@ def tuned_steps(cell: Cell, plan: Plan, search: "Search") -> list[Step]:
         words = ["tune", str(cell.home / method), *cell.source, "--method", method, *plan.tune]
         needs = tuple(step.name for step in search.steps())
         found.append(Step(f"{cell.tag}-tune-{method}", words, needs, partial(search.rate, method)))
-        answers = ["--readouts", "greedy,candidates", "--shots", "0"] if method == "raft" else []
+        answers = "greedy,candidates" if method == "raft" else "regression"
         layers = ["--layers", plan.layers, "--adapter", str(cell.home / method)]
-        found.append(cell.extract(method, *layers, *answers, needs=(f"tune-{method}",)))
+        found.append(cell.extract(method, *layers, "--readouts", answers, needs=(f"tune-{method}",)))
         found += each_layer(cell, method, plan.tuned_depths, plan)
     return found
 

@@ -32,11 +32,11 @@ from torch import Tensor, nn
 from relish.extract.adapter import open_adapter
 from relish.extract.backbone import Backbone
 from relish.extract.files import find_backbone
+from relish.extract.regression import load_regression_head
 from relish.extract.sources import load_texts
 from relish.extract.tables import read_rows
 from relish.extract.tune import tune_adapter
 from relish.extract.tune_loop import Examples, epoch_batches, figures, warmup_cosine
-from relish.extract.tune_methods import load_regression_head
 from relish.extract.tune_rows import choose_rows
 from relish.extract.tune_settings import TuneSettings
 
@@ -96,7 +96,7 @@ def ours(model: Path, settings: TuneSettings, splits: Splits, folder: Path) -> d
     summary = tune_adapter(folder, settings)
     backbone = bare(model, folder)
     assert backbone.adapter is not None
-    head = load_regression_head(backbone.adapter)
+    head, _ = load_regression_head(backbone.adapter)
 
     def predict(rows: list[np.ndarray]) -> Tensor:
         mask = torch.arange(max(map(len, rows))) < torch.tensor([len(row) for row in rows])[:, None]

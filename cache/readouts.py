@@ -20,7 +20,8 @@ FORMAT = "relish readout"
 VERSION = 1
 FOLDER = "readouts"
 PART_ROWS = 256
-KINDS = ("greedy", "samples", "candidates")
+REGRESSION = "regression"
+KINDS = ("greedy", "samples", "candidates", REGRESSION)
 _FILE = re.compile(rf"(?P<split>.+)\.(?P<kind>{'|'.join(KINDS)})-(?P<shots>\d+)shot-(?P<number>\d{{5,}})\.json")
 _AGAIN = "run the same relish extract command again, with --readouts"
 
@@ -35,7 +36,7 @@ class Readout:
     fingerprint: str
     """The split's, in the manifest."""
     kind: str
-    """greedy, samples or candidates."""
+    """A name of KINDS."""
     shots: int
     """Solved examples that were asked for."""
     shots_used: int
@@ -46,7 +47,8 @@ class Readout:
     """Positions in the input file, ascending."""
     ids: tuple[str, ...] = ()
     answers: tuple[Any, ...] = ()
-    """For each row: greedy a text, samples a list of texts, candidates a list of log-probabilities."""
+    """For each row: greedy a text, samples a list of texts, candidates a list of log-probabilities, regression a
+    score."""
     seconds: float = 0.0
     """Computing them took that long, as if no other readout shared the reading of what all prompts begin with."""
 
@@ -326,6 +328,8 @@ def _refuse_others(path: Path, have: Readout, want: Readout) -> None:
 def _good(part: Readout) -> Any:
     if part.kind == "greedy":
         return lambda answer: isinstance(answer, str)
+    if part.kind == REGRESSION:
+        return lambda answer: isinstance(answer, (int, float))
     kind = str if part.kind == "samples" else (int, float)
     length = len(part.answers[0])
     return lambda answer: len(answer) == length and all(isinstance(value, kind) for value in answer)

@@ -11,11 +11,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..cache.errors import CacheError
 from ..cache.reader import FeatureCache, Split
-from ..cache.readouts import Readout, load_readouts
+from ..cache.readouts import REGRESSION, Readout, load_readouts
 from .answers import parse_answers
 from .summary import CellPredictions
 
 Array = NDArray[np.float64]
+TUNED = "tuned-head"
+"""The head that was trained with an adapter."""
 
 
 def readout_cells(cache: FeatureCache, split: Split) -> tuple[list[CellPredictions], list[str]]:
@@ -27,15 +29,18 @@ def readout_cells(cache: FeatureCache, split: Split) -> tuple[list[CellPredictio
 
     Returns:
         The cells: greedy-0shot; rail-samples-0shot (mean) and rail-samples-median-0shot; rail-0shot (posterior mean),
-        rail-sum-0shot (not normalised) and rail-median-0shot; and so on for other numbers of shots. And a sentence for
-        each readout that is left out since it is unfinished or damaged.
+        rail-sum-0shot (not normalised) and rail-median-0shot; and so on for other numbers of shots; tuned-head, what
+        the head predicts that was trained with the adapter. And a sentence for each readout that is left out since it
+        is unfinished or damaged.
     """
     readouts, left_out = load_readouts(cache.folder, cache.manifest, split.name)
     cells: list[CellPredictions] = []
     stand_in = _stand_in(cache, split) if readouts else (0.0, "")
     for readout in readouts:
         answers = [readout.answers[row] for row in split.row]
-        if readout.kind == "candidates":
+        if readout.kind == REGRESSION:
+            cells.append(CellPredictions(TUNED, 0, 0, 0, np.array(answers), seconds_per_1000_rows=_per_1000(readout)))
+        elif readout.kind == "candidates":
             cells += _enumerated(readout, answers)
         else:
             cells += _decoded(readout, answers, cache.label_range, *stand_in)
@@ -118,12 +123,16 @@ def _enumerated(readout: Readout, answers: list[Any]) -> list[CellPredictions]:
 
 
 def _cell(name: str, readout: Readout, values: Array, facts: dict[str, Any]) -> CellPredictions:
-    per_thousand = 1000 * readout.seconds / len(readout.rows)
+    per_thousand = _per_1000(readout)
     about = {"shots": readout.shots, "shots_used": readout.shots_used, "seconds_per_1000_rows": per_thousand}
     answers = {**about, **facts}
     note = answers_note(name, answers).removeprefix(f"{name}: ")
     full = f"{name}-{readout.shots}shot"
     return CellPredictions(full, 0, 0, 0, values, answers=answers, seconds_per_1000_rows=per_thousand, note=note)
+
+
+def _per_1000(readout: Readout) -> float:
+    return 1000 * readout.seconds / len(readout.rows)
 
 
 def _stand_in(cache: FeatureCache, split: Split) -> tuple[float, str]:

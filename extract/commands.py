@@ -80,7 +80,8 @@ def extract(
         str | None,
         typer.Option(
             metavar="KIND,...",
-            help="Write what the LLM itself answers, for all splits but train: greedy, samples, candidates.",
+            help="Write what the LLM itself answers, for all splits but train: greedy, samples, candidates; or "
+            "regression, what the adapter's own head predicts.",
         ),
     ] = None,
     shots: Annotated[

@@ -16,6 +16,8 @@ from .tree import Seen, Tokens, last_tokens, plant, read_prefix, takes_trees, tr
 if TYPE_CHECKING:
     import torch
 
+    from .regression import RegressionHead
+
 NEW_TOKENS = 16
 """Tokens of a decoded answer at most; it ends at a new line or where the LLM ends it."""
 _SAMPLED = 1 << 24  # probabilities that are summed up at once
@@ -53,6 +55,7 @@ class Generator:
             BackboneError: if it is no causal LM, or cannot be loaded.
         """
         refuse_encoder(backbone)
+        self._backbone = backbone
         self._tokenizer = backbone.tokenizer
         self._name = backbone.files.name
         model = backbone.read_model("AutoModelForCausalLM")
@@ -133,6 +136,17 @@ class Generator:
 
         with torch.inference_mode():
             scores = score_candidates(self.model, rows, candidates, prefix=prefix, pad=self._pad)
+        self._refuse(not scores.isfinite().all())
+        return scores.double().cpu().tolist()
+
+    def regression(self, rows: Sequence[np.ndarray], head: "RegressionHead") -> list[float]:
+        """What a head predicts that was trained with the adapter, for B arrays of token ids."""
+        import torch
+
+        from .regression import regress
+
+        with torch.inference_mode():
+            scores = regress(head.to(self.model.device), self.model, self._backbone, rows)
         self._refuse(not scores.isfinite().all())
         return scores.double().cpu().tolist()
 

@@ -11,7 +11,7 @@ import numpy as np
 from ..cache.errors import CacheError, DataError
 from ..cache.lock import lock_folder
 from ..cache.manifest import load_manifest
-from ..cache.readouts import Readout, part_rows, pending_parts, save_part
+from ..cache.readouts import REGRESSION, Readout, part_rows, pending_parts, save_part
 from .backbone import Backbone
 from .batches import Budget, run_in_batches
 from .candidates import answer_nodes
@@ -25,6 +25,7 @@ from .tree import Seen, pack_size
 
 if TYPE_CHECKING:
     from .pipeline import Progress
+    from .regression import RegressionHead
 
 SAMPLES = 16
 SEED = 0
@@ -52,9 +53,12 @@ def refuse_unanswerable(data: TextData, backbone: Backbone, settings: ExtractSet
 
     Raises:
         BackboneError: for an encoder.
+        AdapterError: if an adapter's own head is to predict, and it has none.
         DataError: if there are no splits to ask about, or examples are asked for and there are none.
     """
     refuse_encoder(backbone)
+    if REGRESSION in settings.readouts:
+        _own_head(backbone)
     if set(data.splits) <= {TRAIN}:
         raise DataError(
             f"readouts are of all splits but {TRAIN}, and no other was given; add one such as --data test=FILE"
@@ -87,8 +91,7 @@ def add_readouts(
             job
             for split in data.splits
             if split != TRAIN
-            for shots in settings.shots
-            for job in _plan(folder, split, data, prompts, shots, backbone, settings)
+            for job in _plan_split(folder, split, data, prompts, backbone, settings)
         ]
         pending = [job for job in jobs if job.pending]
         if pending:
@@ -96,16 +99,16 @@ def add_readouts(
                 compute = str(backbone.compute_dtype).removeprefix("torch.")
                 progress.note(f"loading {backbone.files.name} with its LM head ({compute}, {backbone.device})")
             generator = Generator(backbone)
-            if generator.one_by_one and progress is not None:
+            if generator.one_by_one and any(job.head is None for job in pending) and progress is not None:
                 progress.note(
                     "note: of this architecture every answer is computed from its first token on, which is slow"
                 )
-            asked: dict[tuple[str, int], _Asked] = {}
+            asked: dict[tuple[str, int | None], _Asked] = {}
             for job in pending:
-                key = job.readout.split, job.readout.shots_used
+                key = job.readout.split, job.readout.shots_used if job.head is None else None
                 if key not in asked:
                     asked.clear()  # keys and values of many examples are large
-                    asked[key] = _ask(data.splits[job.readout.split], prompts, job.readout.shots_used, generator)
+                    asked[key] = _ask(data.splits[job.readout.split], prompts, job, generator, backbone)
                 _run(folder, job, asked[key], generator, backbone, settings, progress)
     return tuple(job.summary(len(data.splits[job.readout.split].texts)) for job in jobs)
 
@@ -118,6 +121,8 @@ class _Job:
     pending: list[int]
     tokens: list[np.ndarray]
     """Of each candidate; empty for other kinds."""
+    head: "RegressionHead | None" = None
+    """That predicts, where none is asked anything."""
     computed: int = 0
     seconds: float = 0.0
 
@@ -128,14 +133,44 @@ class _Job:
         )
 
 
+def _plan_split(
+    folder: Path, split: str, data: TextData, prompts: Prompts, backbone: Backbone, settings: ExtractSettings
+) -> list[_Job]:
+    asked = [kind for kind in settings.readouts if kind != REGRESSION]
+    jobs = []
+    for shots in settings.shots if asked else ():
+        jobs += _plan(folder, split, data, prompts, asked, shots, backbone)
+    if REGRESSION in settings.readouts:
+        manifest = load_manifest(folder)
+        head, sha256 = _own_head(backbone)
+        readout = Readout(
+            identity=manifest.identity,
+            split=split,
+            fingerprint=manifest.splits[split].fingerprint,
+            kind=REGRESSION,
+            shots=0,
+            shots_used=0,
+            settings={"head": sha256},
+        )
+        jobs.append(_Job(readout, pending_parts(folder, readout, len(data.splits[split].texts)), [], head))
+    return jobs
+
+
+def _own_head(backbone: Backbone) -> "tuple[RegressionHead, str]":
+    from .regression import load_regression_head
+
+    assert backbone.adapter is not None  # the settings see to it
+    return load_regression_head(backbone.adapter)
+
+
 def _plan(
     folder: Path,
     split: str,
     data: TextData,
     prompts: Prompts,
+    kinds: list[str],
     shots: int,
     backbone: Backbone,
-    settings: ExtractSettings,
 ) -> list[_Job]:
     manifest = load_manifest(folder)
     texts = data.splits[split].texts
@@ -156,7 +191,7 @@ def _plan(
         settings={"examples": prompts.hash(used)},
     )
     jobs = []
-    for kind in settings.readouts:
+    for kind in kinds:
         more: dict[str, Any] = {"new_tokens": NEW_TOKENS}
         tokens = []
         if kind == "samples":
@@ -171,7 +206,7 @@ def _plan(
 
 @dataclass(frozen=True, eq=False)
 class _Asked:
-    """The prompts of a split, for all readouts of it with so many examples."""
+    """The prompts of a split, for all readouts of it with so many examples; or its texts, as the cache has them."""
 
     split: SplitData
     prefix: Seen
@@ -182,8 +217,14 @@ class _Asked:
     """Reading the prefix took that long. Each readout is said to have taken it, as it would alone."""
 
 
-def _ask(split: SplitData, prompts: Prompts, shots: int, generator: Generator) -> _Asked:
-    tokens = prompts.tokens(split.texts, shots)
+def _ask(split: SplitData, prompts: Prompts, job: _Job, generator: Generator, backbone: Backbone) -> _Asked:
+    if job.head is not None:
+        made = job.readout.identity
+        texts, _ = backbone.tokenize(
+            split.texts, chat_template=made.chat_template, max_length=made.max_length, truncate=made.truncate
+        )
+        return _Asked(split, generator.read_prefix(np.zeros(0, dtype=np.int64)), texts, 0.0)
+    tokens = prompts.tokens(split.texts, job.readout.shots_used)
     shared = common_prefix(tokens)
     started = time.perf_counter()
     prefix = generator.read_prefix(tokens[0][:shared])
@@ -202,7 +243,8 @@ def _run(
     readout, rows, shared = job.readout, asked.rows, asked.prefix.length
     parts = [part_rows(len(rows), number) for number in job.pending]
     if progress is not None:
-        progress.note(f"asking about {readout.split}: {readout.name}, {shared:,} tokens read once for all rows")
+        how = f", {shared:,} tokens read once for all rows" if job.head is None else ", by the adapter's own head"
+        progress.note(f"asking about {readout.split}: {readout.name}{how}")
         progress.begin(sum(map(len, parts)), sum(len(rows[row]) for part in parts for row in part))
     default = pack_size(backbone.device.type)
     budget = Budget(settings.batch_tokens or min(max(default, shared), backbone.default_batch_tokens))
@@ -227,7 +269,7 @@ def _answer(
     progress: "Progress | None",
 ) -> list[Any]:
     """The answers to some rows, in their order."""
-    more = len(answer_nodes(job.tokens)) or NEW_TOKENS
+    more = 0 if job.head is not None else len(answer_nodes(job.tokens)) or NEW_TOKENS
     order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
     lengths = [len(rows[row]) + more for row in order]
     answers: list[Any] = [None] * len(rows)
@@ -235,13 +277,15 @@ def _answer(
     def forward(batch: range) -> list[Any]:
         chosen = [order[place] for place in batch]
         tokens = [rows[row] for row in chosen]
+        if job.head is not None:
+            return [round(score, 6) for score in generator.regression(tokens, job.head)]
         if job.readout.kind == "greedy":
             return generator.greedy(tokens, prefix)
         if job.readout.kind == "samples":
             return generator.samples(tokens, prefix, np.stack([_uniform(numbers[row]) for row in chosen]))
         return [_rounded(row) for row in generator.candidates(tokens, prefix, job.tokens)]
 
-    for batch, found in run_in_batches(lengths, budget, forward, whole=True):
+    for batch, found in run_in_batches(lengths, budget, forward, whole=job.head is None):
         for place, answer in zip(batch, found, strict=True):
             answers[order[place]] = answer
         if progress is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..cache.dtypes import storage_dtype
 from ..cache.errors import SettingsError
-from ..cache.readouts import KINDS
+from ..cache.readouts import KINDS, REGRESSION
 
 Source = str | Path | Iterable[Mapping[str, Any]]
 """A CSV, TSV, JSONL or Parquet file, or the rows themselves as dicts."""
@@ -95,7 +95,8 @@ class ExtractSettings(TextSettings):
     or skip, which leaves it out of the split and names it."""
 
     readouts: tuple[str, ...] = ()
-    """What to write of the LLM's own answers to each split but train: greedy, samples, candidates; () for nothing."""
+    """What to write of the LLM's own answers to each split but train: greedy, samples, candidates, or regression, what
+    the adapter's own head predicts; () for nothing."""
     shots: tuple[int, ...] = (0,)
     """With how many solved examples in the prompt, taken from the split train: each number gives its own readouts."""
 
@@ -108,7 +109,11 @@ class ExtractSettings(TextSettings):
             one_of("a readout", kind, KINDS)
         if not self.shots or min(self.shots) < 0:
             raise SettingsError(f"shots must be numbers from 0 on, not {self.shots}")
-        if self.shots != (0,) and not self.readouts:
+        if REGRESSION in self.readouts and self.adapter is None:
+            raise SettingsError(
+                "the readout regression is what the head of a tuned adapter predicts; give its folder with --adapter"
+            )
+        if self.shots != (0,) and not set(self.readouts) - {REGRESSION}:
             raise SettingsError(
                 "shots are the examples of readouts; say which with --readouts greedy,samples,candidates"
             )

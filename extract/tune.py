@@ -19,10 +19,11 @@ from .backbone import Backbone
 from .files import find_backbone
 from .generator import refuse_encoder
 from .pipeline import check_lengths, choose_max_length, made_by
+from .regression import HEAD
 from .sources import TextData, load_texts
 from .tree import pack_size
 from .tune_loop import Examples, Listener, tune
-from .tune_methods import HEAD, Answers, Method, raft_method, regression_method
+from .tune_methods import Answers, Method, raft_method, regression_method
 from .tune_rows import TuneRows, choose_rows
 from .tune_settings import TuneSettings
 from .tune_state import TuneState, saved_setup

@@ -5,23 +5,20 @@ al., "Better autoregressive regression with LLMs via regression-aware fine-tunin
 the LLM's own probabilities of the answers.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..cache.errors import AdapterError
-from .adapter import Adapter
 from .backbone import Backbone
 from .candidates import answer_nodes, score_candidates
+from .regression import RegressionHead, regress
 from .shots import Prompts
-from .tree import Tokens, last_tokens, plant, takes_trees, tree_states
-
-HEAD = "head.safetensors"
+from .tree import takes_trees
 
 
 @dataclass(frozen=True)
@@ -38,31 +35,8 @@ class Method:
     """Whether rows cannot be cut."""
     trees: bool = False
     """Whether what the rows of a pass begin with is read once."""
-    head: "RegressionHead | None" = None
+    head: RegressionHead | None = None
     """What is trained beside the adapter."""
-
-
-class RegressionHead(nn.Module):
-    """ŷ = mean + std · (w·h + b), with h the final hidden state of the last real token.
-
-    w and b begin at zero, so that the first prediction is the mean of the labels.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(hidden_size))
-        self.bias = nn.Parameter(torch.zeros(()))
-        self.register_buffer("mean", torch.zeros(()))
-        self.register_buffer("std", torch.ones(()))
-
-    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Hidden states (B, T, D) and mask (B, T), True = real token, to (B,), in the unit of the labels."""
-        last = mask.long().cumsum(dim=1).argmax(dim=1)
-        state = hidden[torch.arange(len(hidden), device=hidden.device), last].float()
-        return self.mean + self.std * (state @ self.weight + self.bias)
 
 
 def regression_method(model: Any, backbone: Backbone, target: np.ndarray) -> Method:
@@ -77,38 +51,7 @@ def regression_method(model: Any, backbone: Backbone, target: np.ndarray) -> Met
     head.mean.fill_(float(target.mean()))
     head.std.fill_(float(target.std()) or 1.0)
 
-    def predict(rows: Sequence[np.ndarray]) -> Tensor:
-        # A row alone has nothing to share, and masks of a tree grow with the square of its length.
-        if len(rows) == 1 or not takes_trees(model):
-            return head(*backbone.last_states(model.base_model, rows))
-        trunk, own = plant(rows)
-        states = tree_states(model.base_model, Tokens.join([trunk, *own]), last_tokens(trunk, own))[:, None]
-        return head(states, torch.ones(states.shape[:2], dtype=torch.bool, device=states.device))
-
-    return Method(predict, unit=float(head.std), trees=takes_trees(model), head=head)
-
-
-def load_regression_head(adapter: Adapter) -> RegressionHead:
-    """The head of an adapter of the method lora: what it predicts from the last layer's states, tuned backbone's.
-
-    Raises:
-        AdapterError: if it has none, or it is damaged.
-    """
-    from safetensors.torch import load
-
-    if adapter.tuned is None or adapter.tuned["sha256_of_head"] is None:
-        raise AdapterError(f"the adapter {adapter.name} has no regression head; relish tune --method lora makes one")
-    path = adapter.folder / HEAD
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise AdapterError(f"{path} cannot be read ({error.strerror})") from None
-    if hashlib.sha256(content).hexdigest() != adapter.tuned["sha256_of_head"]:
-        raise AdapterError(f"{path} is damaged: it is not the file that was saved; tune again into another folder")
-    state = load(content)
-    head = RegressionHead(len(state["weight"]))
-    head.load_state_dict(state)
-    return head.eval()
+    return Method(partial(regress, head, model, backbone), unit=float(head.std), trees=takes_trees(model), head=head)
 
 
 @dataclass(frozen=True)

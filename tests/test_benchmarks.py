@@ -85,8 +85,9 @@ def test_comparison(tmp_path):
     assert sorted(path.name for path in kept.iterdir()) == ["rates-tiny.json", *parts]
     methods = {method["method"] for place in result["places"] for method in place["methods"]}
     families = {"greedy-0shot", "rail-0shot", "rail-samples-2shot", "ridge", "ridge-mean", "attention", "relish, L = 2"}
-    tuned = {"linear-last on lora", "rail-sum-0shot on raft", "relish, L = 1 on lora", "relish, L = 1 on raft"}
-    assert families | tuned <= methods
+    tuned = {"tuned-head on lora", "linear-last on lora", "relish, L = 1 on lora"}
+    answering = {"rail-sum-0shot on raft", "relish, L = 1 on raft"}
+    assert families | tuned | answering <= methods
     assert "Macro average" in shown
     for method, by_rate in json.loads((kept / "rates-tiny.json").read_text()).items():
         best = min(by_rate, key=by_rate.get)

@@ -168,6 +168,7 @@ def test_parts_that_do_not_belong_together_are_not_read(folder):
         {"answers": ("1",) * 255},
         {"kind": "samples", "answers": (["1", "2"],) * 255 + (["1"],)},
         {"kind": "candidates", "answers": ([0.5, "1"],) * 256},
+        {"kind": "regression", "answers": (0.5,) * 255 + ([0.5],)},
     ],
 )
 def test_answers_of_another_type_or_number_are_damage(folder, changes):

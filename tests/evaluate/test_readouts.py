@@ -103,6 +103,7 @@ def test_each_readout_becomes_its_cells(folder):
     add(folder, "greedy", greedy, shots=8, used=5)
     add(folder, "samples", [["1", "2", "5", "2"]] * ROWS)
     add(folder, "candidates", [np.log([0.1, 0.1, 0.1, 0.1, 0.1, 0.3]).tolist()] * ROWS, settings={"candidates": GRID})
+    add(folder, "regression", [row / 2 for row in range(ROWS)])
     cells, left_out = cells_of(folder)
     assert left_out == []
     assert sorted(cells) == [
@@ -113,6 +114,7 @@ def test_each_readout_becomes_its_cells(folder):
         "rail-samples-0shot",
         "rail-samples-median-0shot",
         "rail-sum-0shot",
+        "tuned-head",
     ]
     values = {name: cell.values[3] for name, cell in cells.items()}
     assert values == pytest.approx(
@@ -124,6 +126,7 @@ def test_each_readout_becomes_its_cells(folder):
             "rail-samples-0shot": 2.5,
             "rail-samples-median-0shot": 2,
             "rail-sum-0shot": 2.5,
+            "tuned-head": 1.5,
         }
     )
     assert {(cell.depth, cell.seed, cell.parameters) for cell in cells.values()} == {(0, 0, 0)}
@@ -138,6 +141,8 @@ def test_each_readout_becomes_its_cells(folder):
         "replaced_by_what": "the mean label of the training split",
         "clipped": 0,
     }
+    assert {cell.seconds_per_1000_rows for cell in cells.values()} == {25.0}
+    assert cells["tuned-head"].answers is None
     assert cells["rail-0shot"].answers == {"shots": 0, "shots_used": 0, "seconds_per_1000_rows": 25.0}
 
 

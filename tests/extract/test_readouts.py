@@ -248,10 +248,18 @@ def test_readouts_of_other_examples_are_refused(settings, tiny_rows, tmp_path, m
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"readouts": ("greedy", "beam")}, "a readout must be one of greedy, samples, candidates, not 'beam'"),
+        ({"readouts": ("greedy", "beam")}, "a readout must be one of greedy, samples, candidates, regression, not 'b"),
         ({"readouts": ("greedy",), "shots": (-1,)}, "shots must be numbers from 0 on"),
         ({"readouts": ("greedy",), "shots": ()}, "shots must be numbers from 0 on"),
         ({"shots": (8,)}, "shots are the examples of readouts; say which with --readouts"),
+        (
+            {"shots": (8,), "adapter": "a", "readouts": ("regression",)},
+            "shots are the examples of readouts; say which with --readouts greedy,samples,candidates",
+        ),
+        (
+            {"readouts": ("greedy", "regression")},
+            "the readout regression is what the head of a tuned adapter predicts; give its folder with --adapter",
+        ),
     ],
 )
 def test_settings_are_checked(settings, changes, message):
@@ -298,7 +306,7 @@ def test_the_command_line(tiny_model, tiny_rows, tmp_path, run_cli):
     wrong = run_cli(*command, "--readouts", "beam")
     assert (wrong.exit_code, wrong.stderr) == (
         2,
-        "error: a readout must be one of greedy, samples, candidates, not 'beam'\n",
+        "error: a readout must be one of greedy, samples, candidates, regression, not 'beam'\n",
     )
     shown = run_cli("cache", "info", tmp_path / "c").stdout
     assert "candidates-30shot" in shown

@@ -11,8 +11,8 @@ from transformers import LlamaModel
 from relish.cache.errors import AdapterError, BackboneError, DataError, MissingExtraError
 from relish.extract import tune_loop
 from relish.extract.adapter import CHECKPOINT, read_adapter, read_tuned
+from relish.extract.regression import HEAD, RegressionHead
 from relish.extract.tune import tune_adapter
-from relish.extract.tune_methods import HEAD, RegressionHead
 from relish.extract.tune_settings import TuneSettings
 
 from ..heard import Heard

@@ -9,12 +9,13 @@ from relish.cache.errors import AdapterError
 from relish.cache.manifest import load_manifest
 from relish.cache.reader import open_cache
 from relish.cache.readouts import load_readouts
-from relish.extract import tune_methods
+from relish.extract import regression, tune_methods
 from relish.extract.adapter import read_adapter
 from relish.extract.backbone import Backbone
 from relish.extract.batches import Budget
 from relish.extract.files import find_backbone
 from relish.extract.pipeline import extract_cache
+from relish.extract.regression import RegressionHead, load_regression_head
 from relish.extract.settings import ExtractSettings
 from relish.extract.start import common_prefix
 from relish.extract.tree import takes_trees
@@ -23,8 +24,6 @@ from relish.extract.tune_loop import _take_step
 from relish.extract.tune_methods import (
     Answers,
     Method,
-    RegressionHead,
-    load_regression_head,
     raft_method,
     regression_method,
 )
@@ -212,9 +211,9 @@ def test_the_regression_reads_what_all_rows_begin_with_once(adapted, tiny_rows, 
     backbone, model, parameters = adapted(arch)
     method, rows = methods_of(backbone, model)["lora"], rows_of(backbone, tiny_rows)
     read = []
-    real = tune_methods.tree_states
+    real = regression.tree_states
     monkeypatch.setattr(
-        tune_methods, "tree_states", lambda body, tokens, keep: read.append(len(tokens.ids)) or real(body, tokens, keep)
+        regression, "tree_states", lambda body, tokens, keep: read.append(len(tokens.ids)) or real(body, tokens, keep)
     )
     ours = method.predict(rows)
     shared = common_prefix(rows)
@@ -231,7 +230,7 @@ def test_an_architecture_that_cannot_take_trees_is_padded(adapted, tiny_rows, mo
     backbone, model, _ = adapted("llama")
     method, rows = methods_of(backbone, model)["lora"], rows_of(backbone, tiny_rows)
     expected = method.predict(rows)
-    monkeypatch.setattr(tune_methods, "takes_trees", lambda _model: False)
+    monkeypatch.setattr(regression, "takes_trees", lambda _model: False)
     torch.testing.assert_close(method.predict(rows), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -296,12 +295,69 @@ def test_the_saved_head_gives_the_validation_figures_from_a_cache(tuned, tiny_mo
     )
     extract_cache(tmp_path / "c", settings)
     split = open_cache(tmp_path / "c").split("dev")
-    head = load_regression_head(adapter)
+    head, _ = load_regression_head(adapter)
     with torch.no_grad():
         predictions = head(*split.read(list(range(8)))).double().numpy()
     nrmse = np.sqrt(np.mean((predictions - split.target) ** 2)) / 5
     assert nrmse == pytest.approx(adapter.tuned["val"]["nrmse"], rel=1e-4)
     assert np.corrcoef(predictions, split.target)[0, 1] == pytest.approx(adapter.tuned["val"]["pearson"], rel=1e-3)
+
+
+def test_the_saved_heads_readout_gives_the_validation_figures(tuned, tiny_model, tiny_rows, tmp_path):
+    """Of texts that are cut as in tuning, too: no answer has to follow them."""
+    adapter = read_adapter(tuned("lora"))
+    rows = tiny_rows(8, 1)
+    settings = ExtractSettings(
+        model=tiny_model("llama"),
+        adapter=adapter.folder,
+        data={"dev": rows, "train": tiny_rows(4, 2)},
+        prompt=PROMPT,
+        label_range=RANGE,
+        device="cpu",
+        readouts=("regression",),
+    )
+    summary = extract_cache(tmp_path / "c", settings)
+    assert [(one.name, one.rows, one.computed) for one in summary.readouts] == [("regression-0shot", 8, 8)]
+    (readout,), wrong = load_readouts(tmp_path / "c", load_manifest(tmp_path / "c"), "dev")
+    assert (wrong, readout.settings) == ([], {"head": adapter.tuned["sha256_of_head"]})
+    predictions, target = np.array(readout.answers), np.array([row["score"] for row in rows])
+    assert np.sqrt(np.mean((predictions - target) ** 2)) / 5 == pytest.approx(adapter.tuned["val"]["nrmse"], rel=1e-4)
+    assert np.corrcoef(predictions, target)[0, 1] == pytest.approx(adapter.tuned["val"]["pearson"], rel=1e-3)
+    again = extract_cache(tmp_path / "c", replace(settings, readouts=("greedy", "regression"), shots=(0, 1)))
+    assert [(one.name, one.computed) for one in again.readouts] == [
+        ("greedy-0shot", 8),
+        ("greedy-1shot", 8),
+        ("regression-0shot", 0),
+    ]
+
+
+def test_a_cut_text_has_a_prediction_and_no_answer(tuned, tiny_model, tiny_rows, tmp_path):
+    settings = ExtractSettings(
+        model=tiny_model("llama"),
+        adapter=tuned("lora"),
+        data={"dev": tiny_rows(8, 1)},
+        prompt=PROMPT,
+        label_range=RANGE,
+        device="cpu",
+        max_length=6,
+        truncate=True,
+        dtype="float32",
+        readouts=("regression",),
+    )
+    extract_cache(tmp_path / "c", settings)
+    (readout,), _ = load_readouts(tmp_path / "c", load_manifest(tmp_path / "c"), "dev")
+    split = open_cache(tmp_path / "c").split("dev")
+    with torch.no_grad():
+        expected = load_regression_head(read_adapter(tuned("lora")))[0](*split.read(list(range(8))))
+    assert split.read([0])[0].shape[1] == 6
+    np.testing.assert_allclose(readout.answers, expected.numpy(), atol=1e-4)
+
+
+def test_an_adapter_without_a_head_predicts_nothing(tuned, tiny_model, tiny_rows, tmp_path):
+    fixed = {"model": tiny_model("llama"), "data": {"dev": tiny_rows(8, 1)}, "prompt": PROMPT, "label_range": RANGE}
+    with pytest.raises(AdapterError, match="raft-llama has no regression head; relish tune --method lora makes one"):
+        extract_cache(tmp_path / "c", ExtractSettings(**fixed, adapter=tuned("raft"), readouts=("regression",)))
+    assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])

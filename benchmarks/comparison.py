@@ -16,6 +16,7 @@ folder, and those that are there already are not run again: the tables can be ma
 
 import argparse
 import csv
+import json
 import random
 import shutil
 import subprocess
@@ -38,6 +39,7 @@ from comparison_plan import (
     sourced,
     tuned_steps,
 )
+from overview import overview
 from recipe_tables import LOSS, recipe_tables
 
 FILES = {
@@ -168,9 +170,10 @@ def main() -> None:
     code = subprocess.run(command, check=False).returncode
     if code != 0:
         sys.exit(code)
-    recipe = recipe_tables(homes, HEADS.split(","))
-    print(recipe)
-    (work / "recipe.md").write_text(recipe, encoding="utf-8")
+    figures = json.loads((work / "comparison" / "comparison.json").read_text(encoding="utf-8"))
+    for name, text in {"overview": overview(figures), "recipe": recipe_tables(homes, HEADS.split(","))}.items():
+        print(text)
+        (work / f"{name}.md").write_text(text, encoding="utf-8")
     if given.out is not None:
         shutil.copy(work / "comparison" / "comparison.json", given.out)
 

@@ -94,6 +94,12 @@ def test_comparison(tmp_path):
         assert (work / "done" / f"stsb-tiny-tune-{method}").read_text().splitlines()[0].endswith(f"--lr {best}")
     assert {"frozen-2-report", "loss-report"} <= {path.name for path in (work / "unpacked" / "stsb-tiny").iterdir()}
     assert "| stsb-tiny | 2 | 1 |" in (work / "recipe.md").read_text()
+    glance = (work / "overview.md").read_text().splitlines()
+    (own,) = (line for line in glance if line.startswith("| LoRA and its linear head | "))
+    place = next(place for place in result["places"] if place["backbone"] == "model")
+    figures = next(method for method in place["methods"] if method["method"] == "tuned-head on lora")
+    assert f"{figures['nrmse']['mean']:.3f}" in own
+    assert sum(" ‡ |" in line for line in glance) == 1
     again, _ = run("comparison.py", tmp_path / "again.json", work, "--kept", kept)
     assert again == result
 

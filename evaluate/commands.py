@@ -96,7 +96,7 @@ def compare(
 
     \b
     relish compare report-stsb report-sick --out comparison
-    relish compare essays=report-essays stsb,SmolLM2=report-stsb ,,mse=report-stsb-mse --format markdown
+    relish compare essays=report-essays stsb,SmolLM2=report-stsb stsb,SmolLM2,huber=report-huber --format markdown
     """
     from .compare import compare_reports
     from .compare_json import comparison_json
@@ -146,7 +146,7 @@ def predict(
     device: Annotated[str, typer.Option(help="cuda, mps, cpu or auto.")] = "auto",
     batch_tokens: Annotated[
         int | None,
-        typer.Option(help="Token slots of a forward pass; default 16384 on a GPU, 256 a thread on the CPU."),
+        typer.Option(help="Token slots of a forward pass; default 16384 on a GPU, 512 a thread on the CPU."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:

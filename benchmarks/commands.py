@@ -23,8 +23,8 @@ class Step:
     """Names of the steps that come before it."""
     late: Callable[[], list[str]] = list
     """More words, which only those steps give."""
-    may_fail: bool = False
-    """Whether what it gives is only one of several that others choose from."""
+    may_fail: str = ""
+    """Words of the one error that is a result too: whoever chooses among such steps does without this one."""
 
 
 def run_all(plan: list[Step], work: Path, jobs: int) -> Iterator[Step]:
@@ -70,6 +70,15 @@ def run(step: Step, work: Path, jobs: int) -> None:
         ).returncode
     seconds = time.time() - started
     print(f"{step.name}: " + (f"{seconds:,.0f} s" if code == 0 else f"failed with {code}; see {log}"), flush=True)
-    if code != 0 and not step.may_fail:
+    # A kill, a full disk or memory that ran out is none: the step is run again.
+    foreseen = step.may_fail and step.may_fail in log.read_text(encoding="utf-8", errors="replace")[-2000:]
+    if code != 0 and not foreseen:
         raise SystemExit(code)
-    done.write_text(f"{shlex.join(words)}\n{seconds:.1f} s\n", encoding="utf-8")
+    write_whole(done, f"{shlex.join(words)}\n{seconds:.1f} s\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there as a whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8", newline="")
+    part.replace(path)

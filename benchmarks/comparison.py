@@ -16,17 +16,20 @@ folder, and those that are there already are not run again: the tables can be ma
 
 import argparse
 import csv
+import io
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from backbones import gemma3_folder, smollm2_folder, tiny_model
-from commands import Step, run_all
+from commands import Step, run_all, write_whole
 from comparison_plan import (
     HEADS,
     PARTS,
@@ -64,12 +67,18 @@ def draw_rows(source: Path, target: Path, count: int) -> Path:
     if not target.exists():
         rows = list(read_rows(source))
         chosen = sorted(random.Random(0).sample(range(len(rows)), min(count, len(rows))))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows[number] for number in chosen)
+        write_csv(target, [rows[number] for number in chosen])
     return target
+
+
+def write_csv(target: Path, rows: list[dict[str, Any]]) -> None:
+    """A CSV of rows, whole or not at all."""
+    content = io.StringIO(newline="")
+    writer = csv.DictWriter(content, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(target, content.getvalue())
 
 
 def keep(reports: list[Path], target: Path) -> None:
@@ -111,9 +120,12 @@ def main() -> None:
     if (given.work is None or (given.data is None and given.tasks)) and not given.small:
         parser.error("give a folder to work in and --data, the folder of the data sets; or --small")
     work: Path = given.work or Path(tempfile.mkdtemp(prefix="comparison-"))
-    wrong = set(given.parts.split(",")) - set(PARTS)
-    if wrong:
-        parser.error(f"the parts are {', '.join(PARTS)}; got {', '.join(sorted(wrong))}")
+    for name, known in (("parts", PARTS), ("tasks", FILES), ("backbones", BACKBONES)):
+        wrong = set(getattr(given, name).split(",")) - {*known, ""}
+        if wrong:
+            parser.error(f"the {name} are {', '.join(known)}; got {', '.join(sorted(wrong))}")
+    if not re.fullmatch(r"\d+,\d+,\d+", given.rows):
+        parser.error(f"--rows takes three numbers, of train, val and test, such as 2000,250,500; got {given.rows}")
     counts = dict(zip(("train", "val", "test"), map(int, given.rows.split(",")), strict=True))
     plan = Plan(
         counts,
@@ -198,12 +210,7 @@ def small_rows(target: Path, count: int) -> Path:
     """A CSV of rows of random words."""
     from texts import sample
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    rows = sample(None, count)
-    with target.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(target, sample(None, count))
     return target
 
 

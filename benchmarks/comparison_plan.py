@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from commands import Step
+from commands import Step, write_whole
 
 PARTS = ("frozen", "prompted", "tuned")
 HEADS = "linear,linear-last,mlp,mlp-last,attention,ridge,ridge-mean,relish"
@@ -29,9 +29,9 @@ class Plan:
     """On each single layer; and where Huber is compared with squared error, at the middle one."""
     tuned_depths: str = "1,3,5"
     seeds: str = "0-2"
-    rates: tuple[str, ...] = ("1e-4", "3e-4", "1e-3")
+    rates: tuple[str, ...] = ("1e-4", "3e-4", "1e-3", "3e-3")
     """Learning rates that each method of tuning has to choose from, once for each LLM, by the validation rows of one
-    data set. Heads had three each, too; relish more besides (recipe-log.md)."""
+    data set. Heads had three each; relish more besides (recipe-log.md)."""
     search: tuple[str, ...] = ()
     """More options of `relish tune` in that choice."""
     tune: tuple[str, ...] = ("--batch-size", "32")
@@ -135,7 +135,7 @@ class Search:
     rates: tuple[str, ...]
     more: tuple[str, ...]
     noted: Path
-    """Validation NRMSE by method and rate, once they are known."""
+    """Validation NRMSE by method and rate, once they are known; null where the loss was no longer finite."""
 
     def steps(self) -> list[Step]:
         """What has to be run, if anything."""
@@ -145,8 +145,9 @@ class Search:
         for method in METHODS:
             for rate in self.rates:
                 words = ["tune", str(self._folder(method, rate)), *self.source, "--method", method, "--lr", rate]
-                # A rate at which the loss is no longer finite ends with an error, and is not chosen.
-                found.append(Step(f"{self.backbone}-search-{method}-{rate}", [*words, *self.more], may_fail=True))
+                # Such a rate is not chosen.
+                diverged = "the loss was no longer finite"
+                found.append(Step(f"{self.backbone}-search-{method}-{rate}", [*words, *self.more], may_fail=diverged))
         return found
 
     def rate(self, method: str) -> list[str]:
@@ -155,21 +156,22 @@ class Search:
             if not self.noted.exists():
                 found = {method: self._figures(method) for method in METHODS}
                 self.noted.parent.mkdir(parents=True, exist_ok=True)
-                part = self.noted.with_suffix(".part")
-                part.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-                part.replace(self.noted)
+                write_whole(self.noted, json.dumps(found, indent=2) + "\n")
         by_rate = json.loads(self.noted.read_text(encoding="utf-8"))[method]
-        return ["--lr", min(by_rate, key=by_rate.__getitem__)]
+        known = {rate: nrmse for rate, nrmse in by_rate.items() if nrmse is not None}
+        if not known:
+            raise SystemExit(f"no rate of {method} gave an adapter; see the logs of the search")
+        return ["--lr", min(known, key=known.__getitem__)]
 
     def _folder(self, method: str, rate: str) -> Path:
         return self.home / f"{method}-{rate}"
 
-    def _figures(self, method: str) -> dict[str, float]:
+    def _figures(self, method: str) -> dict[str, float | None]:
         tuned = {rate: self._folder(method, rate) / "tune.json" for rate in self.rates}
-        found = {rate: json.loads(path.read_text())["val"]["nrmse"] for rate, path in tuned.items() if path.exists()}
-        if not found:
-            raise SystemExit(f"no rate of {method} gave an adapter; see the logs of the search")
-        return found
+        return {
+            rate: json.loads(path.read_text())["val"]["nrmse"] if path.exists() else None
+            for rate, path in tuned.items()
+        }
 
 
 _CHOOSING = threading.Lock()

@@ -17,14 +17,16 @@ def recipe_tables(homes: list[Path], heads_shown: list[str]) -> str:
         reports = {path.parent.name: json.loads(path.read_text()) for path in sorted(home.glob("*/results.json"))}
         if LOSS not in reports:
             continue  # what is kept is of other parts
-        other = next(group for group in reports[LOSS]["groups"] if group["head"] == "relish")
+        other = next((group for group in reports[LOSS]["groups"] if group["head"] == "relish"), None)
+        if other is None:
+            continue  # it diverged
         for name, report in reports.items():
             if not name.startswith("frozen-"):
                 continue
             heads = {group["head"]: group for group in report["groups"] if group["depth"] in (0, other["depth"])}
             layer = report["meta"]["layer"]
             layers.append([home.name, layer, *(_figures(heads.get(head)) for head in heads_shown)])
-            if layer == reports[LOSS]["meta"]["layer"]:
+            if layer == reports[LOSS]["meta"]["layer"] and "relish" in heads:
                 figures = {report["meta"]["loss"]: heads["relish"], reports[LOSS]["meta"]["loss"]: other}
                 losses.append(
                     [home.name, layer, other["depth"], *(_figures(figures[loss]) for loss in ("huber", "mse"))]

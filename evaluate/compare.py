@@ -1,5 +1,7 @@
 """`compare_reports`: several reports in one comparison, with tests on the same rows, counts and averages."""
 
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +21,7 @@ from .compare_duels import (
 from .compare_load import load_places
 from .compare_methods import CONTENDERS, Method
 from .compare_read import Entry, Place, Source
+from .significance import ALPHA
 
 PAPER = {
     "RELISH": {"pearson": 0.763, "spearman": 0.740, "nrmse": 0.133},
@@ -95,6 +98,12 @@ def compare_reports(
     if resamples < 100:
         raise SettingsError(f"{resamples} resamples are too few to tell a difference at 5 %; take 100 or more")
     places = load_places(sources)
+    most = max(Counter(place.backbone for place in places).values())
+    if most > ALPHA * (resamples + 1):
+        raise SettingsError(
+            f"{resamples} resamples are too few to tell a difference at 5 % on {most} data sets, for which p is "
+            f"corrected; take {math.ceil(most / ALPHA)} or more"
+        )
     choices = [choose_contenders(place) for place in places]
     total = sum(len(pairings(place, chosen)) for place, chosen in zip(places, choices, strict=True))
     done = 0

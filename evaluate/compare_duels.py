@@ -81,9 +81,13 @@ def choose(candidates: Sequence[Entry], metric: str) -> Choice:
     """The best candidate by its validation figures: the NRMSE for "nrmse", Pearson for the other metrics.
 
     Candidates without validation figures stand against the best of the others by the metric itself, on the test rows.
+    One whose validation predictions are constant has figures: no correlation is the worst.
     """
-    criterion = _CRITERION[metric]
-    judged = [(e.extras[criterion], e) for e in candidates]
+    criterion, worst = _CRITERION[metric], -math.inf
+    judged = [
+        (worst if e.extras[criterion] is None and e.extras["val_nrmse"] is not None else e.extras[criterion], e)
+        for e in candidates
+    ]
     known = [(value, entry) for value, entry in judged if value is not None]
     best = [max(known, key=lambda one: one[0] if HIGHER_IS_BETTER[metric] else -one[0])[1]] if known else []
     finalists = best + [entry for value, entry in judged if value is None]

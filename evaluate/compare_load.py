@@ -95,10 +95,17 @@ def _join(place: Place, report: Place) -> Place:
                 f"{place.backbone}; tell them apart by a third name: ,,NAME={report.source}"
             )
         entries[entry.method.label] = best
+    different = [
+        f"{name}: {have} and {report.learned_from[name]}"
+        for name, have in place.learned_from.items()
+        if name in report.learned_from and report.learned_from[name] != have
+    ]
+    told = f"{place.source} and {report.source} learned from different rows ({'; '.join(different)})"
     return replace(
         place,
         entries=list(entries.values()),
-        notes=[*place.notes, *report.notes],
+        notes=[*place.notes, *report.notes, *([told] if different else [])],
+        learned_from={**report.learned_from, **place.learned_from},
         backbone_parameters=place.backbone_parameters or report.backbone_parameters,
     )
 
@@ -108,7 +115,9 @@ def _better(first: Entry, second: Entry) -> Entry | None:
     if np.array_equal(first.predictions, second.predictions, equal_nan=True):
         return first  # what a cache's LLM answers is in the report of each layer
     mine, theirs = (entry.extras.get("val_nrmse") for entry in (first, second))
-    if mine is None or theirs is None or "" in (first.layer, second.layer) or first.layer == second.layer:
+    if mine is None or theirs is None or "" in (first.layer, second.layer):
+        return None
+    if second.layer in (first.layer, *first.rejected) or first.validated_on != second.validated_on:
         return None
     best, other = (first, second) if mine <= theirs else (second, first)
     return replace(best, rejected=(*first.rejected, *second.rejected, other.layer))

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from ..cache.errors import RunError
 from ..train.metrics import METRICS, label_width
 from .compare_methods import Method
-from .summary import EXTRAS, Estimate
+from .summary import EXTRAS, LEARNED_FROM, VALIDATED_ON, Estimate
 
 Array = NDArray[np.float64]
+_LONGEST = 2**31 - 1  # characters of an id
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Entry:
     note: str
     layer: str
     """Which of the backbone's layers it reads, as the report says it."""
+    validated_on: str = ""
+    """Which rows its validation figures are of, as the report says it."""
     rejected: tuple[str, ...] = ()
     """Layers of other reports at which its validation figures are worse."""
 
@@ -74,6 +77,8 @@ class Place:
     """Sentences on what does not count, or must be known."""
     source: Path
     """The first report of the place, for messages."""
+    learned_from: dict[str, Any]
+    """What reports say of the rows that heads were trained on and chosen by."""
 
 
 def load_report(source: Source) -> Place:
@@ -116,6 +121,7 @@ def load_report(source: Source) -> Place:
                     },
                     note=group.get("note", ""),
                     layer=str(meta.get("layer", "")),
+                    validated_on=str(meta.get(VALIDATED_ON, "")),
                 )
             )
             for cell, line in zip(cells, lines, strict=True):
@@ -137,6 +143,7 @@ def load_report(source: Source) -> Place:
             entries=entries,
             notes=notes,
             source=path,
+            learned_from={name: meta[name] for name in LEARNED_FROM if name in meta},
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise _damaged(path, repr(error)) from None
@@ -197,6 +204,7 @@ def _read_predictions(path: Path) -> _Predictions:
     """
     rows: list[tuple[str, str, str]] = []
     values: dict[tuple[str, int, int], list[float]] = {}
+    csv.field_size_limit(_LONGEST)
     try:
         for (head, depth, seed), row, value in _csv_lines(path):
             cell = values.setdefault((head, int(depth), int(seed)), [])
@@ -205,6 +213,8 @@ def _read_predictions(path: Path) -> _Predictions:
             elif row != rows[len(cell)]:
                 raise ValueError(f"{path.name} has other rows for {head}, seed {seed}")
             cell.append(float(value) if value else math.nan)
+    except csv.Error as error:
+        raise ValueError(f"{path.name}: {error}") from None
     except OSError as error:
         raise RunError(
             f"{path} cannot be read ({error.strerror or error}); evaluate again with --out {path.parent}"

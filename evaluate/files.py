@@ -150,6 +150,10 @@ def _csv_number(value: float) -> float | str:
 
 
 def _csv(lines: list[list[object]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(lines)
-    return text.getvalue()
+    written = []
+    for line in lines:
+        # Of the writer's own line ends a field is quoted where it holds one: a lone carriage return too.
+        text = io.StringIO(newline="")
+        csv.writer(text, lineterminator="\r\n").writerow(line)
+        written.append(text.getvalue().removesuffix("\r\n") + "\n")
+    return "".join(written)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +12,17 @@ from ..cache.device import pick_device
 from ..cache.errors import CacheError, DataError, RunError, require_extra
 from ..cache.identity import refuse_differences
 from ..cache.reader import FeatureCache, Split, open_cache
+from ..cache.readouts import readout_names
 from ..cache.speed import seconds_per_1000_rows
 from ..train.data import Rows, open_split
 from ..train.diverged import find_diverged
 from ..train.loop import predict_rows
+from ..train.metrics import score
 from ..train.run import Run, find_runs, load_head
 from ..train.settings import MIX
 from .files import changing_report, check_report_folder, write_results
 from .readouts import readout_cells
-from .summary import CellPredictions, Results, group_label, summarise
+from .summary import TRAINED_ON, VALIDATED_ON, CellPredictions, Results, group_label, summarise
 
 
 def evaluate_runs(
@@ -76,6 +79,7 @@ def evaluate_runs(
         status = f"diverged in training: {lost.reason}"
         cells.append(CellPredictions(lost.head, lost.depth, lost.seed, lost.parameters, nothing, status))
     answered, left_out = readout_cells(opened, rows.split)
+    answered = _validated(answered, opened, found[0])
     results = summarise(
         split,
         found[0].label_range,
@@ -112,6 +116,27 @@ def _predict(run: Run, rows: Rows, device: torch.device, llm_seconds: float | No
         train_seconds=run.metrics.get("seconds"),
         seconds_per_1000_rows=llm_seconds + own_seconds if llm_seconds is not None else None,
     )
+
+
+def _validated(answered: list[CellPredictions], cache: FeatureCache, run: Run) -> list[CellPredictions]:
+    """The LLM's own answers with their figures on the validation rows, where it was asked about those too."""
+    name = run.data["val_split"]
+    if not answered or not readout_names(cache.folder, name):
+        return answered
+    val = _labelled(open_split(cache, name, run.layer))
+    figures = {
+        cell.head: score(val.target, cell.values, cache.label_range) for cell in readout_cells(cache, val.split)[0]
+    }
+    return [
+        replace(
+            cell,
+            val_nrmse=figures[cell.head]["nrmse"],
+            val_pearson=None if np.isnan(figures[cell.head]["pearson"]) else figures[cell.head]["pearson"],
+        )
+        if cell.head in figures
+        else cell
+        for cell in answered
+    ]
 
 
 def check_cache(runs: Sequence[Run], cache: FeatureCache) -> None:
@@ -179,6 +204,8 @@ def _meta(runs: Sequence[Run], cache: FeatureCache) -> dict[str, object]:
         "storage dtype": identity.dtype,
         "compute dtype": identity.compute_dtype,
         "training rows": run.train_rows,
+        TRAINED_ON: run.data["train"][:16],
+        VALIDATED_ON: f"{run.data['val_split']}, {run.data['val'][:16]}",
         **_recipe(runs),
         **{_MADE_BY.get(name, name.replace("_", " ")): value for name, value in cache.manifest.made_by.items()},
     }

@@ -3,14 +3,21 @@
 Both tests take the metric's mean over the seeds, and treat a row as one unit: its predictions by all seeds are drawn,
 or swapped, together. Both share one arithmetic (weighted.py): with the N rows written twice, once with each method's
 prediction, a swap is a choice of which of the two counts.
+
+A correlation does not depend on the predictions' offset and scale, and a swap must not either: two methods whose
+predictions lie apart would blur both sides wherever they are mixed, and hide any difference. So standardised
+predictions are swapped for Pearson, and ranks for Spearman (Deutsch, Dror and Roth, A Statistical Analysis of
+Summarization Evaluation Metrics Using Resampling Methods, TACL 2021).
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import rankdata
 
 from ..train.metrics import PAPER_METRICS, checked_pair, label_width
 from .weighted import WeightedPair
@@ -39,17 +46,14 @@ class Difference:
 def pair_seeds(ours: Sequence[int], theirs: Sequence[int]) -> tuple[list[int], list[int]]:
     """Which of our predictions is compared with which of theirs: places in `ours` and in `theirs`.
 
-    The same seeds belong together. A single prediction, as of a closed form or of a decoded answer, is compared with
-    each seed of the other side. Seeds without any in common are paired in their order, as far as the fewer go.
+    The same seeds belong together. Where a side has others, as a closed form or a decoded answer has one alone, and as
+    where a seed diverged, each is compared with each: the mean over the pairs is then still the difference of the
+    means over all seeds.
     """
-    if len(ours) == 1 or len(theirs) == 1:
-        pairs = max(len(ours), len(theirs))
-        return [0 if len(ours) == 1 else i for i in range(pairs)], [0 if len(theirs) == 1 else i for i in range(pairs)]
-    common = [seed for seed in ours if seed in theirs]
-    if common:
-        return [list(ours).index(seed) for seed in common], [list(theirs).index(seed) for seed in common]
-    pairs = range(min(len(ours), len(theirs)))
-    return list(pairs), list(pairs)
+    if sorted(ours) == sorted(theirs):
+        return list(range(len(ours))), [list(theirs).index(seed) for seed in ours]
+    pairs = list(product(range(len(ours)), range(len(theirs))))
+    return [one for one, _ in pairs], [other for _, other in pairs]
 
 
 def differences(
@@ -93,12 +97,18 @@ def differences(
 def doubled_pairs(target: ArrayLike, ours: ArrayLike, theirs: ArrayLike) -> list[WeightedPair]:
     """For each of P predictions on both sides (P, N) the N rows twice: with ours first, then with theirs.
 
+    Each side is standardised by itself for Pearson, ranked by itself for Spearman, and as it is for the NRMSE.
+
     Raises:
         RelishError: if a value is not finite.
     """
     gold = np.tile(np.asarray(target, dtype=float), 2)
-    lines = zip(np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float), strict=True)
-    return [WeightedPair.prepare(*checked_pair(gold, np.concatenate(both))) for both in lines]
+    pairs = []
+    for both in zip(np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float), strict=True):
+        checked_gold, values = checked_pair(gold, np.concatenate(both))
+        standard, ranks = (np.concatenate([form(one) for one in both]) for form in (_standardised, rankdata))
+        pairs.append(WeightedPair.prepare(checked_gold, values, for_pearson=standard, for_spearman=ranks))
+    return pairs
 
 
 def swapped_differences(pairs: Sequence[WeightedPair], width: float, swaps: Array) -> Array:
@@ -140,6 +150,11 @@ def resampled_figures(
         gold = pairs[0].gold_ranks(weights)
         figures.append([pair.figures(weights, width, gold) for pair in pairs])
     return np.concatenate(figures, axis=2)
+
+
+def _standardised(values: Array) -> Array:
+    centred = values - values.mean()
+    return centred / (np.sqrt(np.mean(centred**2)) or 1.0)
 
 
 def _swaps(rows: int, permutations: int, seed: int) -> Iterator[Array]:

@@ -19,6 +19,11 @@ from .bootstrap import intervals
 EXTRAS: tuple[str, ...] = ("val_nrmse", "val_pearson", "train_seconds", "seconds_per_1000_rows")
 """What results.json says of each cell and group besides its figures: how to choose among them, and what they cost."""
 
+TRAINED_ON = "training data"
+VALIDATED_ON = "validation data"
+LEARNED_FROM = ("training rows", TRAINED_ON, VALIDATED_ON)
+"""What a report's `meta` says of the rows that heads were trained on and chosen by; the last two by hash."""
+
 
 class Estimate(TypedDict):
     """One metric of a group, in the metric's unit."""

@@ -50,17 +50,25 @@ class WeightedPair:
     """Gold and predicted scores, with everything that does not depend on the weights."""
 
     moments: Array
-    """(N, 6): y, p, y², p², yp of the centred scores; squared error."""
+    """(N, 6): y, p, y², p², yp of the centred scores, for Pearson; squared error."""
     y: _Sorted
     p: _Sorted
 
     @classmethod
-    def prepare(cls, target: Array, prediction: Array) -> "WeightedPair":
-        """Of (N,) gold and predicted scores."""
+    def prepare(
+        cls,
+        target: Array,
+        prediction: Array,
+        *,
+        for_pearson: Array | None = None,
+        for_spearman: Array | None = None,
+    ) -> "WeightedPair":
+        """Of (N,) gold and predicted scores; where given, others of (N,) stand in for the predictions."""
         error = prediction - target
-        a, b = target - target.mean(), prediction - prediction.mean()
+        linear = prediction if for_pearson is None else for_pearson
+        a, b = target - target.mean(), linear - linear.mean()
         moments = np.stack((a, b, a * a, b * b, a * b, error * error), axis=1)
-        return cls(moments, _Sorted.of(target), _Sorted.of(prediction))
+        return cls(moments, _Sorted.of(target), _Sorted.of(prediction if for_spearman is None else for_spearman))
 
     def gold_ranks(self, weights: Array) -> tuple[Array, Array]:
         """Of the gold scores, for `figures`: centred ranks of the rows (R, N), and Σ of their squares (R,)."""

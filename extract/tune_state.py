@@ -97,9 +97,16 @@ class TuneState:
         """Go back to what a file holds, which `saved_setup` has read before: of the same parameters.
 
         Raises:
-            AdapterError: if it is damaged.
+            AdapterError: if it is damaged, or of other parameters.
         """
         progress, tensors = _read(path)
+        there = {name.removeprefix("now/") for name in tensors if name.startswith("now/")}
+        if there != set(self.parameters):
+            other = min(there ^ set(self.parameters))
+            raise AdapterError(
+                f"{path} is of other weights ({other} is on one side alone), as other versions of peft or transformers "
+                f"name them; take the versions it was begun with, or {_way_out(path)}"
+            )
         slots: dict[int, dict[str, Tensor]] = {}
         self.best = {}
         with torch.no_grad():

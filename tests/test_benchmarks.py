@@ -104,6 +104,33 @@ def test_comparison(tmp_path):
     assert again == result
 
 
+def test_a_step_that_was_killed_or_failed_is_not_noted_as_done(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from commands import Step, run
+
+    for words in ("", "the loss was no longer finite"):
+        with pytest.raises(SystemExit):
+            run(Step("wrong", ["no-such-command"], may_fail=words), tmp_path, 1)
+    assert not (tmp_path / "done" / "wrong").exists()
+    run(Step("foreseen", ["no-such-command"], may_fail="No such command"), tmp_path, 1)
+    assert (tmp_path / "done" / "foreseen").read_text().startswith("no-such-command\n")
+
+
+def test_what_comparison_cannot_do_is_said():
+    for wrong, said in (
+        (("--tasks", "foo"), "the tasks are stsb, sick, wmt-en-zh, wmt-ru-en, wmt-si-en; got foo"),
+        (("--backbones", "smolm2"), "the backbones are smollm2, gemma3; got smolm2"),
+        (("--parts", "all"), "the parts are frozen, prompted, tuned; got all"),
+        (
+            ("--rows", "2000,250"),
+            "--rows takes three numbers, of train, val and test, such as 2000,250,500; got 2000,250",
+        ),
+    ):
+        command = [sys.executable, BENCHMARKS / "comparison.py", "work", "--data", "data", *wrong]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        assert (done.returncode, done.stderr.splitlines()[-1]) == (2, f"comparison.py: error: {said}")
+
+
 def test_profile_stages(tmp_path):
     result, shown = run("profile_stages.py", tmp_path / "profile.json")
     assert [sum(one["shares"].values()) for one in result["stages"]] == pytest.approx([1, 1])

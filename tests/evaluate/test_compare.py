@@ -20,6 +20,7 @@ from relish.evaluate.compare_load import load_places, parse_source
 from relish.evaluate.compare_methods import CONTENDERS, FAMILIES, Method
 from relish.evaluate.compare_read import Entry, Source
 from relish.evaluate.compare_words import headline, remarks
+from relish.evaluate.files import write_results
 from relish.evaluate.significance import Difference, doubled_pairs, swapped_differences
 from relish.train.metrics import METRICS, PAPER_METRICS
 
@@ -175,6 +176,51 @@ def test_the_same_method_twice_is_refused_unless_it_is_a_variant(tmp_path):
     assert [e.method.label for e in place.entries] == ["ridge", "relish, L = 1", "relish, L = 1 (mse)"]
 
 
+@pytest.mark.parametrize("order", ["abc", "bca", "acb"])
+def test_two_of_one_layer_are_refused_in_any_order(tmp_path, order):
+    for name, layer, val in (("a", "15", 0.1), ("b", "22", 0.12), ("c", "22", 0.09)):
+        write_report(
+            tmp_path / name, grid(relish1=0.5 + val), meta={"layer": layer}, extras={("relish", 1): {"val_nrmse": val}}
+        )
+    with pytest.raises(RunError, match="both hold relish, L = 1 on stsb with tiny"):
+        load_places([Source(tmp_path / name) for name in order])
+
+
+def test_layers_are_not_chosen_by_the_validation_figures_of_different_rows(tmp_path):
+    for layer, rows in (("15", "dev, 1a"), ("22", "dev, 2b")):
+        meta = {"layer": layer, "validation data": rows}
+        write_report(tmp_path / layer, grid(relish1=float(layer) / 20), meta=meta)
+    with pytest.raises(RunError, match="both hold relish, L = 1 on stsb with tiny"):
+        load_places([Source(tmp_path / "15"), Source(tmp_path / "22")])
+
+
+def test_methods_that_learned_from_different_rows_are_named(tmp_path):
+    write_report(tmp_path / "a", grid(relish1=0.5), meta={"training rows": 5000, "training data": "1a"})
+    write_report(tmp_path / "b", grid(ridge=0.7), meta={"training rows": 2000, "training data": "1a"})
+    write_report(tmp_path / "c", grid(mlp=0.7))  # of an earlier relish, which did not say
+    (place,) = load_places([Source(tmp_path / name) for name in "abc"])
+    assert place.notes == [
+        f"{tmp_path / 'a'} and {tmp_path / 'b'} learned from different rows (training rows: 5000 and 2000)"
+    ]
+
+
+def test_ids_of_any_length_and_with_any_line_end_are_read_back(tmp_path):
+    results = write_report(tmp_path / "r", grid(relish1=0.5))
+    results.ids[:4] = ["x" * 200_000, "a\rb", 'c\n"d', ","]
+    write_results(results, tmp_path / "r")
+    (place,) = load_places([Source(tmp_path / "r")])
+    assert place.ids == results.ids
+
+
+def test_a_quote_that_is_never_closed_is_damage(tmp_path, monkeypatch):
+    monkeypatch.setattr("relish.evaluate.compare_read._LONGEST", 1000)
+    write_report(tmp_path / "r", grid(relish1=0.5))
+    path = tmp_path / "r" / "predictions.csv"
+    path.write_text(path.read_text().replace("r7,", '"r7,', 1))
+    with pytest.raises(RunError, match=r"cannot be used .*predictions.csv: field larger than field limit"):
+        load_places([Source(tmp_path / "r")])
+
+
 def test_folders_that_are_no_report(tmp_path):
     with pytest.raises(RunError, match="there is no report to compare; make some with: relish evaluate"):
         load_places([])
@@ -246,6 +292,14 @@ def test_a_method_without_validation_figures_stands_against_the_best_of_the_othe
     undefined = entry("greedy-0shot", mean=math.nan)
     assert choose([*known, undefined], "pearson").entry is known[1]
     assert choose([answer], "pearson").by == "only"
+
+
+def test_constant_validation_predictions_are_the_worst_and_not_unknown():
+    good = entry("mlp", val=(0.2, 0.5), mean=0.3)
+    constant = entry("linear", val=(0.4, None), mean=0.9)
+    choice = choose([constant, good], "pearson")
+    assert (choice.entry, choice.by) == (good, "validation")
+    assert choose([constant, entry("ridge", val=(0.5, None))], "pearson").by == "validation"
 
 
 def test_the_contenders_are_chosen_by_validation_nrmse(tmp_path):
@@ -474,3 +528,12 @@ def test_progress_and_too_few_resamples(two):
     assert heard == [(1, 2), (2, 2)]
     with pytest.raises(SettingsError, match="99 resamples are too few to tell a difference at 5 %; take 100 or more"):
         compare(two[0], resamples=99)
+
+
+def test_resamples_that_no_correction_leaves_significant_are_refused(tmp_path):
+    for number in range(6):
+        write_report(tmp_path / str(number), grid(relish1=0.2, ridge=2.0), task=f"t{number}", data=number)
+    reports = [Source(tmp_path / str(number)) for number in range(6)]
+    with pytest.raises(SettingsError, match="118 resamples are too few .* on 6 data sets, .*; take 120 or more"):
+        compare_reports(reports, resamples=118)
+    assert {duel.outcome for duel in compare_reports(reports, resamples=120).rivals} == {"win"}

@@ -217,6 +217,20 @@ def test_the_table_the_files_and_the_report_hold_them(folder, runs, run_cli, tmp
     assert "1 of 32 answers were no number" in run_cli("evaluate", runs, "--format", "markdown").stdout
 
 
+def test_answers_to_the_validation_split_give_validation_figures(folder, runs):
+    dev = open_cache(folder).split("dev").target
+    add(folder, "regression", np.linspace(0, 5, ROWS).tolist())
+    add(folder, "greedy", ["2"] * ROWS)
+    assert {cell.extras["val_nrmse"] for cell in evaluate_runs(runs).cells if cell.head != "ridge"} == {None}
+    add(folder, "regression", (dev + 0.5).tolist(), split="dev")
+    add(folder, "greedy", ["2"] * len(dev), split="dev")
+    found = {cell.head: cell.extras for cell in evaluate_runs(runs).cells}
+    assert found["tuned-head"]["val_nrmse"] == pytest.approx(0.1)
+    assert found["tuned-head"]["val_pearson"] == pytest.approx(1)
+    assert found["greedy-0shot"]["val_nrmse"] == pytest.approx(np.sqrt(np.mean((dev - 2) ** 2)) / 5)
+    assert found["greedy-0shot"]["val_pearson"] is None
+
+
 def test_an_unfinished_readout_is_named_and_left_out(folder, runs):
     add(folder, "greedy", ["4"] * (ROWS - 1))
     results = evaluate_runs(runs)

@@ -52,11 +52,32 @@ def gap(target, ours, theirs):
 @pytest.mark.parametrize("decimals", [0, 2])
 def test_swaps_give_the_figures_of_the_swapped_predictions(decimals):
     target, ours, theirs = sample(6, seeds=2, decimals=decimals, seed=3)
+    theirs = 3 * theirs + 1
     masks = np.array(list(product((0, 1), repeat=6)), dtype=float)
     got = swapped_differences(doubled_pairs(target, ours, theirs), 5.0, masks)
+    forms = [
+        lambda lines: stats.zscore(lines, axis=1),
+        lambda lines: stats.rankdata(lines, axis=1),
+        lambda lines: lines,
+    ]
     for mask, column in zip(masks.astype(bool), got.T, strict=True):
-        expected = gap(target, np.where(mask, theirs, ours), np.where(mask, ours, theirs))
+        expected = []
+        for place, form in enumerate(forms):
+            one, other = form(ours), form(theirs)
+            expected.append(gap(target, np.where(mask, other, one), np.where(mask, one, other))[place])
         np.testing.assert_allclose(column, expected, atol=1e-12)
+
+
+def test_where_predictions_lie_changes_no_correlations_p():
+    """As swapping them as they are would: between predictions that lie apart it finds no difference at all."""
+    target, ours, theirs = sample(60, seeds=2, noise=(0.6, 1.3), seed=4, decimals=6)
+    plain, moved = compare(target, ours, theirs), compare(target, ours, 0.2 * theirs + 7)
+    assert plain["pearson"].p < 0.01
+    for name in ("pearson", "spearman"):
+        assert moved[name].value == pytest.approx(plain[name].value)
+        assert moved[name].p == plain[name].p
+    bent = compare(target, ours, np.exp(theirs))
+    assert bent["spearman"].p == plain["spearman"].p
 
 
 def exact_p(target, ours, theirs):
@@ -72,7 +93,11 @@ def test_all_swaps_give_scipys_exact_p():
         return stats.pearsonr(target, a).statistic - stats.pearsonr(target, b).statistic
 
     exact = stats.permutation_test(
-        (ours[0], theirs[0]), pearson, permutation_type="samples", n_resamples=np.inf, vectorized=False
+        (stats.zscore(ours[0]), stats.zscore(theirs[0])),
+        pearson,
+        permutation_type="samples",
+        n_resamples=np.inf,
+        vectorized=False,
     )
     assert exact_p(target, ours, theirs)[0] == pytest.approx(exact.pvalue)
 
@@ -179,12 +204,22 @@ def test_blocks_do_not_change_the_answer(monkeypatch):
         ((0, 1, 2), (0, 1, 2), ([0, 1, 2], [0, 1, 2])),
         ((0, 1, 2), (0,), ([0, 1, 2], [0, 0, 0])),
         ((5,), (0, 1), ([0, 0], [0, 1])),
-        ((0, 1, 2), (2, 0), ([0, 2], [1, 0])),  # one of theirs diverged: the same seeds stay together
-        ((0, 1), (7, 8, 9), ([0, 1], [0, 1])),
+        ((0, 1, 2), (2, 0, 1), ([0, 1, 2], [1, 2, 0])),
+        ((0, 1, 2), (2, 0), ([0, 0, 1, 1, 2, 2], [0, 1, 0, 1, 0, 1])),  # one of theirs diverged
+        ((0, 1), (7, 8), ([0, 0, 1, 1], [0, 1, 0, 1])),
     ],
 )
 def test_which_seeds_are_compared(ours, theirs, pairs):
     assert pair_seeds(ours, theirs) == pairs
+
+
+def test_a_seed_less_on_one_side_leaves_the_difference_of_the_means():
+    target, ours, theirs = sample(40, seeds=3)
+    one, other = pair_seeds((0, 1, 2), (0, 2))
+    found = compare(target, ours[one], theirs[[0, 2]][other])
+    for name, value in zip(PAPER_METRICS, gap(target, ours, theirs[[0, 2]]), strict=True):
+        assert found[name].value == pytest.approx(value)
+        assert found[name].ci95[0] < value < found[name].ci95[1]
 
 
 def test_holm_by_hand():

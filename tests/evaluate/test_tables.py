@@ -139,7 +139,7 @@ def test_files(tmp_path):
 def test_files_are_replaced_whole(tmp_path, monkeypatch):
     write_results(make(split="old"), tmp_path)
 
-    def fail(*_):
+    def fail(*_, **__):
         raise OSError("disk full")
 
     monkeypatch.setattr(files.io, "StringIO", fail)

@@ -397,3 +397,16 @@ def test_a_head_that_is_not_there_or_damaged_is_named(tuned, tmp_path):
     path.unlink()
     with pytest.raises(AdapterError, match="head.safetensors cannot be read"):
         load_regression_head(read_adapter(folder))
+
+
+def test_a_checkpoint_of_other_weights_is_refused(tmp_path):
+    states = []
+    for name in ("old", "new"):
+        weights = {key: torch.nn.Parameter(torch.ones(2)) for key in (name, "same")}
+        states.append(TuneState(weights, torch.optim.AdamW(list(weights.values()))))
+    states[0].save(tmp_path / "checkpoint", {})
+    with pytest.raises(
+        AdapterError, match=r"is of other weights \(new is on one side alone\).*delete .* and tune again"
+    ):
+        states[1].load(tmp_path / "checkpoint")
+    states[0].load(tmp_path / "checkpoint")

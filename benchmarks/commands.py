@@ -59,6 +59,7 @@ def run(step: Step, work: Path, jobs: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     # On a GPU each is one process, and their threads together are as many as there are cores.
     alone = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    before = log.stat().st_size if log.exists() else 0
     started = time.time()
     with log.open("a", encoding="utf-8") as file:
         code = subprocess.run(
@@ -71,7 +72,8 @@ def run(step: Step, work: Path, jobs: int) -> None:
     seconds = time.time() - started
     print(f"{step.name}: " + (f"{seconds:,.0f} s" if code == 0 else f"failed with {code}; see {log}"), flush=True)
     # A kill, a full disk or memory that ran out is none: the step is run again.
-    foreseen = step.may_fail and step.may_fail in log.read_text(encoding="utf-8", errors="replace")[-2000:]
+    said = log.read_bytes()[before:].decode("utf-8", errors="replace")
+    foreseen = step.may_fail and step.may_fail in said
     if code != 0 and not foreseen:
         raise SystemExit(code)
     write_whole(done, f"{shlex.join(words)}\n{seconds:.1f} s\n")

@@ -121,9 +121,9 @@ def main() -> None:
         parser.error("give a folder to work in and --data, the folder of the data sets; or --small")
     work: Path = given.work or Path(tempfile.mkdtemp(prefix="comparison-"))
     for name, known in (("parts", PARTS), ("tasks", FILES), ("backbones", BACKBONES)):
-        wrong = set(getattr(given, name).split(",")) - {*known, ""}
-        if wrong:
-            parser.error(f"the {name} are {', '.join(known)}; got {', '.join(sorted(wrong))}")
+        wrong = set(getattr(given, name).split(",")) - set(known)
+        if wrong and not (name == "tasks" and not given.tasks):
+            parser.error(f"the {name} are {', '.join(known)}; got {getattr(given, name)!r}")
     if not re.fullmatch(r"\d+,\d+,\d+", given.rows):
         parser.error(f"--rows takes three numbers, of train, val and test, such as 2000,250,500; got {given.rows}")
     counts = dict(zip(("train", "val", "test"), map(int, given.rows.split(",")), strict=True))

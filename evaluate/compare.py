@@ -88,7 +88,8 @@ def compare_reports(
 
     Args:
         sources: report folders of `evaluate_runs`; one for each data set × LLM, and for each adapter or variant of it.
-        resamples: how many times rows are drawn by the bootstrap, and predictions swapped by the permutation test.
+        resamples: how many times rows are drawn by the bootstrap, and predictions swapped by the permutation test
+            (standardised for Pearson, ranks for Spearman).
         progress: called with comparisons done and comparisons in all.
 
     Raises:

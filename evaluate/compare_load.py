@@ -90,9 +90,12 @@ def _join(place: Place, report: Place) -> Place:
         have = entries.get(entry.method.label)
         best = entry if have is None else _better(have, entry)
         if best is None:
+            why = ""
+            if have is not None and _validated_elsewhere(have, entry):
+                why = f", validated on different rows ({have.validated_on} and {entry.validated_on})"
             raise RunError(
                 f"{report.source} and {place.source} both hold {entry.method.label} on {place.dataset} with "
-                f"{place.backbone}; tell them apart by a third name: ,,NAME={report.source}"
+                f"{place.backbone}{why}; tell them apart by a third name: ,,NAME={report.source}"
             )
         entries[entry.method.label] = best
     different = [
@@ -100,7 +103,7 @@ def _join(place: Place, report: Place) -> Place:
         for name, have in place.learned_from.items()
         if name in report.learned_from and report.learned_from[name] != have
     ]
-    told = f"{place.source} and {report.source} learned from different rows ({'; '.join(different)})"
+    told = f"{place.source} and {report.source} learned from different rows or prompts ({'; '.join(different)})"
     return replace(
         place,
         entries=list(entries.values()),
@@ -110,6 +113,11 @@ def _join(place: Place, report: Place) -> Place:
     )
 
 
+def _validated_elsewhere(first: Entry, second: Entry) -> bool:
+    known = "" not in (first.validated_on, second.validated_on)  # reports of an earlier relish do not say
+    return known and first.validated_on != second.validated_on
+
+
 def _better(first: Entry, second: Entry) -> Entry | None:
     """The one of two entries of a method that stands for it, or None where nothing tells which."""
     if np.array_equal(first.predictions, second.predictions, equal_nan=True):
@@ -117,7 +125,7 @@ def _better(first: Entry, second: Entry) -> Entry | None:
     mine, theirs = (entry.extras.get("val_nrmse") for entry in (first, second))
     if mine is None or theirs is None or "" in (first.layer, second.layer):
         return None
-    if second.layer in (first.layer, *first.rejected) or first.validated_on != second.validated_on:
+    if second.layer in (first.layer, *first.rejected) or _validated_elsewhere(first, second):
         return None
     best, other = (first, second) if mine <= theirs else (second, first)
     return replace(best, rejected=(*first.rejected, *second.rejected, other.layer))

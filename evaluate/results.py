@@ -79,7 +79,7 @@ def evaluate_runs(
         status = f"diverged in training: {lost.reason}"
         cells.append(CellPredictions(lost.head, lost.depth, lost.seed, lost.parameters, nothing, status))
     answered, left_out = readout_cells(opened, rows.split)
-    answered = _validated(answered, opened, found[0])
+    answered, not_validated = _validated(answered, opened, found[0])
     results = summarise(
         split,
         found[0].label_range,
@@ -88,7 +88,7 @@ def evaluate_runs(
         rows.target,
         [*cells, *answered],
         _meta(found, opened),
-        left_out,
+        [*left_out, *not_validated],
     )
     if out is not None:
         from .report import write_report
@@ -118,16 +118,26 @@ def _predict(run: Run, rows: Rows, device: torch.device, llm_seconds: float | No
     )
 
 
-def _validated(answered: list[CellPredictions], cache: FeatureCache, run: Run) -> list[CellPredictions]:
-    """The LLM's own answers with their figures on the validation rows, where it was asked about those too."""
+def _validated(
+    answered: list[CellPredictions], cache: FeatureCache, run: Run
+) -> tuple[list[CellPredictions], list[str]]:
+    """The LLM's own answers with their figures on the validation rows, where it was asked about those too.
+
+    And a sentence for each that has none all the same.
+    """
     name = run.data["val_split"]
-    if not answered or not readout_names(cache.folder, name):
-        return answered
-    val = _labelled(open_split(cache, name, run.layer))
-    figures = {
-        cell.head: score(val.target, cell.values, cache.label_range) for cell in readout_cells(cache, val.split)[0]
-    }
-    return [
+    if not answered or name not in cache.manifest.splits or not readout_names(cache.folder, name):
+        return answered, []
+    without = "Answers have no validation figures"
+    if cache.manifest.splits[name].fingerprint != run.data["val"]:
+        return answered, [f"{without}: the cache's split {name!r} has other rows than these heads were validated on."]
+    try:
+        val = _labelled(open_split(cache, name, run.layer))
+    except (CacheError, DataError) as error:
+        return answered, [f"{without}: {error}."]
+    cells, wrong = readout_cells(cache, val.split)
+    figures = {cell.head: score(val.target, cell.values, cache.label_range) for cell in cells}
+    found = [
         replace(
             cell,
             val_nrmse=figures[cell.head]["nrmse"],
@@ -137,6 +147,7 @@ def _validated(answered: list[CellPredictions], cache: FeatureCache, run: Run) -
         else cell
         for cell in answered
     ]
+    return found, wrong
 
 
 def check_cache(runs: Sequence[Run], cache: FeatureCache) -> None:
@@ -205,10 +216,15 @@ def _meta(runs: Sequence[Run], cache: FeatureCache) -> dict[str, object]:
         "compute dtype": identity.compute_dtype,
         "training rows": run.train_rows,
         TRAINED_ON: run.data["train"][:16],
-        VALIDATED_ON: f"{run.data['val_split']}, {run.data['val'][:16]}",
+        VALIDATED_ON: _validation_rows(run),
         **_recipe(runs),
         **{_MADE_BY.get(name, name.replace("_", " ")): value for name, value in cache.manifest.made_by.items()},
     }
+
+
+def _validation_rows(run: Run) -> str:
+    name, fingerprint = run.data["val_split"], run.data["val"][:16]
+    return f"{name}, {fingerprint}" if name != "train" else f"{name}, {fingerprint}, all but {run.train_rows} rows"
 
 
 def _recipe(runs: Sequence[Run]) -> dict[str, object]:

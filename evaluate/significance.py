@@ -6,8 +6,8 @@ prediction, a swap is a choice of which of the two counts.
 
 A correlation does not depend on the predictions' offset and scale, and a swap must not either: two methods whose
 predictions lie apart would blur both sides wherever they are mixed, and hide any difference. So standardised
-predictions are swapped for Pearson, and ranks for Spearman (Deutsch, Dror and Roth, A Statistical Analysis of
-Summarization Evaluation Metrics Using Resampling Methods, TACL 2021).
+predictions are swapped for Pearson (as by Deutsch, Dror and Roth, A Statistical Analysis of Summarization Evaluation
+Metrics Using Resampling Methods, TACL 2021), and, for the same reason, ranks for Spearman.
 """
 
 import math

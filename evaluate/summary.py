@@ -22,7 +22,8 @@ EXTRAS: tuple[str, ...] = ("val_nrmse", "val_pearson", "train_seconds", "seconds
 TRAINED_ON = "training data"
 VALIDATED_ON = "validation data"
 LEARNED_FROM = ("training rows", TRAINED_ON, VALIDATED_ON)
-"""What a report's `meta` says of the rows that heads were trained on and chosen by; the last two by hash."""
+"""What a report's `meta` says of what heads were trained on and chosen by; of the last two a hash of ids, filled
+prompts, labels and tokens."""
 
 
 class Estimate(TypedDict):

@@ -190,8 +190,13 @@ def test_layers_are_not_chosen_by_the_validation_figures_of_different_rows(tmp_p
     for layer, rows in (("15", "dev, 1a"), ("22", "dev, 2b")):
         meta = {"layer": layer, "validation data": rows}
         write_report(tmp_path / layer, grid(relish1=float(layer) / 20), meta=meta)
-    with pytest.raises(RunError, match="both hold relish, L = 1 on stsb with tiny"):
+    with pytest.raises(
+        RunError, match=r"both hold relish, L = 1 .*, validated on different rows \(dev, 1a and dev, 2b\)"
+    ):
         load_places([Source(tmp_path / "15"), Source(tmp_path / "22")])
+    write_report(tmp_path / "old", grid(relish1=0.6), meta={"layer": "30"})  # of an earlier relish, which did not say
+    (place,) = load_places([Source(tmp_path / "15"), Source(tmp_path / "old")])
+    assert place.entries[0].layer == "30"
 
 
 def test_methods_that_learned_from_different_rows_are_named(tmp_path):
@@ -200,7 +205,7 @@ def test_methods_that_learned_from_different_rows_are_named(tmp_path):
     write_report(tmp_path / "c", grid(mlp=0.7))  # of an earlier relish, which did not say
     (place,) = load_places([Source(tmp_path / name) for name in "abc"])
     assert place.notes == [
-        f"{tmp_path / 'a'} and {tmp_path / 'b'} learned from different rows (training rows: 5000 and 2000)"
+        f"{tmp_path / 'a'} and {tmp_path / 'b'} learned from different rows or prompts (training rows: 5000 and 2000)"
     ]
 
 

@@ -1,6 +1,8 @@
 import csv
 import json
 import math
+import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -229,6 +231,25 @@ def test_answers_to_the_validation_split_give_validation_figures(folder, runs):
     assert found["tuned-head"]["val_pearson"] == pytest.approx(1)
     assert found["greedy-0shot"]["val_nrmse"] == pytest.approx(np.sqrt(np.mean((dev - 2) ** 2)) / 5)
     assert found["greedy-0shot"]["val_pearson"] is None
+
+
+def test_without_good_answers_to_the_same_validation_rows_there_are_no_figures_and_it_is_said(folder, runs, tmp_path):
+    add(folder, "greedy", ["2"] * ROWS)
+    add(folder, "greedy", ["2"] * (ROWS - 1), split="dev")
+    shutil.copytree(folder, tmp_path / "missing")
+    next((tmp_path / "missing").glob("**/dev-*.h5")).unlink()
+    other = write_cache(tmp_path / "other", sizes={"train": 96, "dev": 20, "test": ROWS})
+    for split in ("test", "dev"):
+        add(other, "greedy", ["2"] * len(open_cache(other).split(split)), split=split)
+    for cache, said in (
+        (folder, "Left out: .* was made from other rows than the split 'dev'"),
+        (tmp_path / "missing", r"Answers have no validation figures: .*dev-0000\d.h5"),
+        (other, "Answers have no validation figures: the cache's split 'dev' has other rows than these heads"),
+    ):
+        results = evaluate_runs(runs, cache=cache)
+        assert {cell.extras["val_nrmse"] for cell in results.cells if cell.head == "greedy-0shot"} == {None}
+        (sentence,) = results.left_out
+        assert re.match(said, sentence), sentence
 
 
 def test_an_unfinished_readout_is_named_and_left_out(folder, runs):

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from relish.cache.errors import AdapterError
+from relish.cache.errors import AdapterError, DataError
 from relish.cache.manifest import load_manifest
 from relish.cache.reader import open_cache
-from relish.cache.readouts import load_readouts
+from relish.cache.readouts import load_readouts, part_files
 from relish.extract import regression, tune_methods
 from relish.extract.adapter import read_adapter
 from relish.extract.backbone import Backbone
@@ -303,8 +303,13 @@ def test_the_saved_head_gives_the_validation_figures_from_a_cache(tuned, tiny_mo
     assert np.corrcoef(predictions, split.target)[0, 1] == pytest.approx(adapter.tuned["val"]["pearson"], rel=1e-3)
 
 
-def test_the_saved_heads_readout_gives_the_validation_figures(tuned, tiny_model, tiny_rows, tmp_path):
-    """Of texts that are cut as in tuning, too: no answer has to follow them."""
+@pytest.mark.parametrize("trees", [True, False])
+def test_the_saved_heads_readout_gives_the_validation_figures(
+    tuned, tiny_model, tiny_rows, tmp_path, monkeypatch, trees
+):
+    monkeypatch.setattr("relish.cache.readouts.PART_ROWS", 3)
+    if not trees:
+        monkeypatch.setattr(regression, "takes_trees", lambda _model: False)
     adapter = read_adapter(tuned("lora"))
     rows = tiny_rows(8, 1)
     settings = ExtractSettings(
@@ -323,12 +328,15 @@ def test_the_saved_heads_readout_gives_the_validation_figures(tuned, tiny_model,
     predictions, target = np.array(readout.answers), np.array([row["score"] for row in rows])
     assert np.sqrt(np.mean((predictions - target) ** 2)) / 5 == pytest.approx(adapter.tuned["val"]["nrmse"], rel=1e-4)
     assert np.corrcoef(predictions, target)[0, 1] == pytest.approx(adapter.tuned["val"]["pearson"], rel=1e-3)
+    part_files(tmp_path / "c")[1].unlink()
     again = extract_cache(tmp_path / "c", replace(settings, readouts=("greedy", "regression"), shots=(0, 1)))
     assert [(one.name, one.computed) for one in again.readouts] == [
         ("greedy-0shot", 8),
         ("greedy-1shot", 8),
-        ("regression-0shot", 0),
+        ("regression-0shot", 3),
     ]
+    found = {one.name: one for one in load_readouts(tmp_path / "c", load_manifest(tmp_path / "c"), "dev")[0]}
+    assert found["regression-0shot"].answers == readout.answers
 
 
 def test_a_cut_text_has_a_prediction_and_no_answer(tuned, tiny_model, tiny_rows, tmp_path):
@@ -350,6 +358,8 @@ def test_a_cut_text_has_a_prediction_and_no_answer(tuned, tiny_model, tiny_rows,
     with torch.no_grad():
         expected = load_regression_head(read_adapter(tuned("lora")))[0](*split.read(list(range(8))))
     assert split.read([0])[0].shape[1] == 6
+    with pytest.raises(DataError, match="8 rows of dev were cut by --truncate"):
+        extract_cache(tmp_path / "c", replace(settings, readouts=("greedy",)))
     np.testing.assert_allclose(readout.answers, expected.numpy(), atol=1e-4)
 
 

@@ -133,6 +133,15 @@ def test_what_comparison_cannot_do_is_said():
         assert (done.returncode, done.stderr.splitlines()[-1]) == (2, f"comparison.py: error: {said}")
 
 
+def test_rows(tmp_path):
+    result, shown = run("rows.py", tmp_path / "rows.json", tmp_path / "work")
+    assert list(result["rows"]) == ["24", "48"]
+    for heads in result["rows"].values():
+        assert set(heads) == {"ridge-mean", "attention"}
+        assert all(figure["nrmse"] > 0 and figure["val_nrmse"] > 0 for figure in heads.values())
+    assert "| stsb, tiny | 24 rows | 48 rows |" in shown
+
+
 def test_profile_stages(tmp_path):
     result, shown = run("profile_stages.py", tmp_path / "profile.json")
     assert [sum(one["shares"].values()) for one in result["stages"]] == pytest.approx([1, 1])

@@ -84,13 +84,12 @@ def frozen_steps(cell: Cell, plan: Plan) -> list[Step]:
 
 
 def prompted_steps(cell: Cell, plan: Plan) -> list[Step]:
-    """What the LLM answers. A report needs a trained head: one on the embeddings, which cost next to nothing."""
-    cache, layers = str(cell.home / "prompted-cache"), ["--layers", "0"]
-    answers = ["--readouts", "greedy,samples,candidates", "--shots", plan.shots]
+    """What the LLM answers, beside its embeddings, which cost next to nothing."""
+    cache, report = str(cell.home / "prompted-cache"), str(cell.home / "prompted-report")
+    answers = ["--layers", "0", "--readouts", "greedy,samples,candidates", "--shots", plan.shots]
     return [
-        cell.step("ask-prompted", ["extract", cache, *cell.asked, *layers, *answers]),
-        cell.extract("prompted", *layers, needs=("ask-prompted",)),
-        *cell.heads("prompted", "prompted", "--head", "ridge-mean"),
+        cell.step("extract-prompted", ["extract", cache, *cell.asked, *answers]),
+        cell.step("evaluate-prompted", ["evaluate", cache, "--out", report], "extract-prompted"),
     ]
 
 

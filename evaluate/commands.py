@@ -25,7 +25,7 @@ class Format(str, Enum):
 
 
 def evaluate(
-    runs: Annotated[Path, typer.Argument(metavar="RUNS", help="Folder that relish train wrote.")],
+    runs: Annotated[Path, typer.Argument(metavar="RUNS", help="Folder that relish train wrote; or a cache.")],
     cache: Annotated[Path | None, typer.Option(help="The cache; default where it was at training.")] = None,
     split: Annotated[str, typer.Option(help="Split to score.")] = "test",
     out: Annotated[
@@ -38,11 +38,14 @@ def evaluate(
 ) -> None:
     """Score every trained head on a split: figures per head and depth over the seeds, with 95 % intervals.
 
+    What the LLM itself answered (relish extract --readouts) is scored beside them; of a cache, that alone.
+
     Examples:
 
     \b
     relish evaluate runs --out report
     relish evaluate runs --split dev --format markdown
+    relish evaluate sts-cache
     """
     from .files import results_json
     from .results import evaluate_runs

@@ -1,4 +1,4 @@
-"""`evaluate_runs`: every head of a runs folder on one split of the cache, to figures, files and a report."""
+"""`evaluate_runs`: heads, and what the LLM itself answered, on one split of a cache, to figures, files and a report."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +11,7 @@ import torch
 from ..cache.device import pick_device
 from ..cache.errors import CacheError, DataError, RunError, require_extra
 from ..cache.identity import refuse_differences
+from ..cache.manifest import MANIFEST, VALIDATION_NAMES
 from ..cache.reader import FeatureCache, Split, open_cache
 from ..cache.readouts import readout_names
 from ..cache.speed import seconds_per_1000_rows
@@ -19,7 +20,7 @@ from ..train.diverged import find_diverged
 from ..train.loop import predict_rows
 from ..train.metrics import score
 from ..train.run import Run, find_runs, load_head
-from ..train.settings import MIX
+from ..train.settings import MIX, Layer
 from .files import changing_report, check_report_folder, write_results
 from .readouts import readout_cells
 from .summary import TRAINED_ON, VALIDATED_ON, CellPredictions, Results, group_label, summarise
@@ -37,7 +38,7 @@ def evaluate_runs(
     """Score every trained head of a folder on one split.
 
     Args:
-        runs: folder that `relish train` wrote, or one run in it.
+        runs: folder that `relish train` wrote, or one run in it; or a cache, for what its LLM answered alone.
         cache: where the cache is; None for where it was when the heads were trained.
         split: the split to score.
         out: folder for results.json, results.csv, predictions.csv, report.html and the plots; None to write nothing.
@@ -53,7 +54,8 @@ def evaluate_runs(
     Raises:
         RunError: if there is no run, one is damaged, runs of different caches lie in the folder, or the report cannot
             be written, or `out` holds anything but an earlier report.
-        CacheError: if the cache is missing, damaged, lacks the split, or is not the one the heads were trained on.
+        CacheError: if the cache is missing, damaged, lacks the split, or is not the one the heads were trained on; or
+            if it was given alone, and its LLM was not asked about the split.
         DataError: if rows of the split have no label.
         MissingExtraError: if a report is asked for and matplotlib or jinja2 is not installed.
     """
@@ -63,10 +65,9 @@ def evaluate_runs(
         check_report_folder(out)
         for module in ("matplotlib", "jinja2"):
             require_extra(module, "report", "The report")
-    found = find_runs(runs)
-    opened = open_cache(cache if cache is not None else _usual_cache(found[0]))
-    check_cache(found, opened)
-    rows = _labelled(open_split(opened, split, found[0].layer))
+    found, opened = _open(runs, cache)
+    layer = found[0].layer if found else opened.layers[0]
+    rows = _labelled(open_split(opened, split, layer))
     where = pick_device(device)
     llm_seconds = seconds_per_1000_rows(opened.folder, opened.manifest, split)
     cells = []
@@ -79,10 +80,16 @@ def evaluate_runs(
         status = f"diverged in training: {lost.reason}"
         cells.append(CellPredictions(lost.head, lost.depth, lost.seed, lost.parameters, nothing, status))
     answered, left_out = readout_cells(opened, rows.split)
-    answered, not_validated = _validated(answered, opened, found[0])
+    if not found and not answered:
+        raise CacheError(
+            f"{opened.folder} is a cache whose LLM was not asked about {split}"
+            + "".join(f" ({sentence.rstrip('.')})" for sentence in left_out)
+            + f"; train heads from it: relish train {opened.folder} --out RUNS, or ask with relish extract --readouts"
+        )
+    answered, not_validated = _validated(answered, opened, layer, found[0] if found else None)
     results = summarise(
         split,
-        found[0].label_range,
+        opened.label_range,
         rows.split.ids,
         rows.split.row,
         rows.target,
@@ -97,6 +104,18 @@ def evaluate_runs(
             write_results(results, stage)
             write_report(results, stage)
     return results
+
+
+def _open(runs: str | Path, cache: str | Path | None) -> tuple[list[Run], FeatureCache]:
+    """Heads and their cache; no heads where that alone was given."""
+    if (Path(runs) / MANIFEST).exists():
+        if cache is not None:
+            raise RunError(f"{runs} is a cache itself; leave --cache out, or give the folder of its heads")
+        return [], open_cache(runs)
+    found = find_runs(runs)
+    opened = open_cache(cache if cache is not None else _usual_cache(found[0]))
+    check_cache(found, opened)
+    return found, opened
 
 
 def _predict(run: Run, rows: Rows, device: torch.device, llm_seconds: float | None) -> CellPredictions:
@@ -119,20 +138,21 @@ def _predict(run: Run, rows: Rows, device: torch.device, llm_seconds: float | No
 
 
 def _validated(
-    answered: list[CellPredictions], cache: FeatureCache, run: Run
+    answered: list[CellPredictions], cache: FeatureCache, layer: Layer, run: Run | None
 ) -> tuple[list[CellPredictions], list[str]]:
     """The LLM's own answers with their figures on the validation rows, where it was asked about those too.
 
     And a sentence for each that has none all the same.
     """
-    name = run.data["val_split"]
-    if not answered or name not in cache.manifest.splits or not readout_names(cache.folder, name):
+    splits = cache.manifest.splits
+    name = run.data["val_split"] if run is not None else next((name for name in VALIDATION_NAMES if name in splits), "")
+    if not answered or name not in splits or not readout_names(cache.folder, name):
         return answered, []
     without = "Answers have no validation figures"
-    if cache.manifest.splits[name].fingerprint != run.data["val"]:
+    if run is not None and splits[name].fingerprint != run.data["val"]:
         return answered, [f"{without}: the cache's split {name!r} has other rows than these heads were validated on."]
     try:
-        val = _labelled(open_split(cache, name, run.layer))
+        val = _labelled(open_split(cache, name, layer))
     except (CacheError, DataError) as error:
         return answered, [f"{without}: {error}."]
     cells, wrong = readout_cells(cache, val.split)
@@ -203,28 +223,31 @@ _MADE_BY = {"parameters": "backbone parameters"}  # beside the head's recipe the
 
 
 def _meta(runs: Sequence[Run], cache: FeatureCache) -> dict[str, object]:
-    identity, run = cache.identity, runs[0]
+    identity = cache.identity
     return {
         "task": cache.manifest.task,
         "adapter": identity.adapter,
         "model": identity.model,
         "revision": identity.revision,
-        "layer": run.layer,
+        **({"layer": runs[0].layer} if runs else {}),
         **_mixes(runs),
         "prompt": identity.prompt,
         "storage dtype": identity.dtype,
         "compute dtype": identity.compute_dtype,
-        "training rows": run.train_rows,
-        TRAINED_ON: run.data["train"][:16],
-        VALIDATED_ON: _validation_rows(run),
+        **(_learned_from(runs[0]) if runs else {}),
         **_recipe(runs),
         **{_MADE_BY.get(name, name.replace("_", " ")): value for name, value in cache.manifest.made_by.items()},
     }
 
 
-def _validation_rows(run: Run) -> str:
+def _learned_from(run: Run) -> dict[str, object]:
     name, fingerprint = run.data["val_split"], run.data["val"][:16]
-    return f"{name}, {fingerprint}" if name != "train" else f"{name}, {fingerprint}, all but {run.train_rows} rows"
+    held_out = f", all but {run.train_rows} rows" if name == "train" else ""
+    return {
+        "training rows": run.train_rows,
+        TRAINED_ON: run.data["train"][:16],
+        VALIDATED_ON: f"{name}, {fingerprint}{held_out}",
+    }
 
 
 def _recipe(runs: Sequence[Run]) -> dict[str, object]:

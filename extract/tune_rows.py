@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..cache.errors import DataError
+from ..cache.manifest import VALIDATION_NAMES
 from .rows import SplitData
 from .sources import TextData
 
-_VALIDATION_NAMES = ("validation", "val", "dev", "trial")
 _HELD_OUT = 0.1
 
 
@@ -49,7 +49,7 @@ def choose_rows(data: TextData, count: int | None) -> tuple[TuneRows, TuneRows]:
         raise DataError(f"an adapter learns from the split train, and there is only {', '.join(data.splits)}")
     train = data.splits["train"]
     everything = np.arange(len(train.texts))
-    name = next((name for name in _VALIDATION_NAMES if name in data.splits), None)
+    name = next((name for name in VALIDATION_NAMES if name in data.splits), None)
     if name is not None:
         val = TuneRows(name, data.splits[name], np.arange(len(data.splits[name].texts)))
     else:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..cache.errors import DataError
+from ..cache.manifest import VALIDATION_NAMES
 from ..cache.reader import FeatureCache, Split
 from .pooled import pool
 from .settings import MIX, Layer, TrainSettings
 
-_VALIDATION_NAMES = ("validation", "val", "dev", "trial")
 _AHEAD = 3  # batches read ahead
 _SLOTS = 8192  # token slots of a batch that needs no gradient, over all layers
 _SAMPLE = 1 << 16  # tokens: their deviations are those of all to a per cent, and training starts at once
@@ -74,7 +74,7 @@ def training_rows(cache: FeatureCache, settings: TrainSettings) -> tuple[Rows, R
         DataError: if there are too few rows, or rows without a label.
     """
     train = open_split(cache, "train", settings.layer)
-    names = [settings.val_split] if settings.val_split is not None else list(_VALIDATION_NAMES)
+    names = [settings.val_split] if settings.val_split is not None else list(VALIDATION_NAMES)
     found = next((name for name in names if name in cache.splits or name == settings.val_split), None)
     everything = np.arange(len(train))
     if found is not None:

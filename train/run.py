@@ -175,8 +175,6 @@ def find_runs(runs: str | Path) -> list[Run]:
     if (runs / "config.json").exists():
         return [load_run(runs)]
     found = [load_run(path) for path in cell_folders(runs)]
-    if not found and (runs / "manifest.json").exists():
-        raise RunError(f"{runs} is a cache; train heads from it first: relish train {runs} --out RUNS")
     if not found:
         lost = len(find_diverged(runs))
         raise RunError(

@@ -59,7 +59,10 @@ def test_a_file_where_a_folder_should_be_is_named(runs, tmp_path):
 def test_a_cache_in_place_of_runs(cache):
     result = relish("evaluate", cache)
     assert result.exit_code == 2
-    assert result.stderr == f"error: {cache} is a cache; train heads from it first: relish train {cache} --out RUNS\n"
+    assert result.stderr == (
+        f"error: {cache} is a cache whose LLM was not asked about test; train heads from it: relish train {cache} "
+        "--out RUNS, or ask with relish extract --readouts\n"
+    )
 
 
 def test_no_runs(tmp_path):

@@ -252,6 +252,31 @@ def test_without_good_answers_to_the_same_validation_rows_there_are_no_figures_a
         assert re.match(said, sentence), sentence
 
 
+def test_a_cache_alone_is_evaluated_by_its_answers(folder, runs, run_cli, tmp_path):
+    result = run_cli("evaluate", folder)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == (
+        f"error: {folder} is a cache whose LLM was not asked about test; train heads from it: relish train {folder} "
+        "--out RUNS, or ask with relish extract --readouts\n"
+    )
+    dev = open_cache(folder).split("dev").target
+    for split, count in (("test", ROWS), ("dev", len(dev))):
+        add(folder, "greedy", ["2", "3"] * (count // 2), split=split)
+    result = run_cli("evaluate", folder, "--out", tmp_path / "report", "--json")
+    assert result.exit_code == 0
+    alone = json.loads(result.stdout)
+    beside = json.loads(run_cli("evaluate", runs, "--json").stdout)
+    assert alone["cells"] == [cell for cell in beside["cells"] if cell["head"] == "greedy-0shot"]
+    assert alone["cells"][0]["val_nrmse"] is not None
+    assert not {"layer", "training rows", "epochs"} & set(alone["meta"])
+    assert alone["meta"]["model"] == beside["meta"]["model"]
+    assert (tmp_path / "report" / "report.html").exists() or pytest.importorskip("matplotlib")
+    refused = run_cli("evaluate", folder, "--cache", folder)
+    assert refused.stderr == (
+        f"error: {folder} is a cache itself; leave --cache out, or give the folder of its heads\n"
+    )
+
+
 def test_an_unfinished_readout_is_named_and_left_out(folder, runs):
     add(folder, "greedy", ["4"] * (ROWS - 1))
     results = evaluate_runs(runs)

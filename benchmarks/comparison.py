@@ -162,7 +162,7 @@ def main() -> None:
             cell = Cell(work / task / backbone, f"{task}-{backbone}", model, *sources)
             for part, target in targets.items():
                 if part == "tuned":
-                    source = [] if noted.exists() else sourced(model, SEARCHED, drawn(SEARCHED), plan)
+                    source = sourced(model, SEARCHED, drawn(SEARCHED), plan)
                     search = Search(work / "search" / backbone, backbone, source, plan.rates, plan.search, noted)
                     searches += [step for step in search.steps() if step not in searches]
                     parts[target] = tuned_steps(cell, plan, search)

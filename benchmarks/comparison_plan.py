@@ -137,12 +137,13 @@ class Search:
     """Validation NRMSE by method and rate, once they are known; null where the loss was no longer finite."""
 
     def steps(self) -> list[Step]:
-        """What has to be run, if anything."""
-        if self.noted.exists():
-            return []
+        """What has to be run, if anything: rates that are not noted yet."""
         found = []
+        noted = self._read()
         for method in METHODS:
             for rate in self.rates:
+                if rate in noted.get(method, {}):
+                    continue
                 words = ["tune", str(self._folder(method, rate)), *self.source, "--method", method, "--lr", rate]
                 # Such a rate is not chosen.
                 diverged = "the loss was no longer finite"
@@ -152,15 +153,18 @@ class Search:
     def rate(self, method: str) -> list[str]:
         """The option that gives a method the best of its rates."""
         with _CHOOSING:
-            if not self.noted.exists():
-                found = {method: self._figures(method) for method in METHODS}
+            noted = self._read()
+            found = {name: {**self._figures(name), **noted.get(name, {})} for name in METHODS}
+            if found != noted:
                 self.noted.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(self.noted, json.dumps(found, indent=2) + "\n")
-        by_rate = json.loads(self.noted.read_text(encoding="utf-8"))[method]
-        known = {rate: nrmse for rate, nrmse in by_rate.items() if nrmse is not None}
+        known = {rate: nrmse for rate, nrmse in found[method].items() if nrmse is not None}
         if not known:
             raise SystemExit(f"no rate of {method} gave an adapter; see the logs of the search")
         return ["--lr", min(known, key=known.__getitem__)]
+
+    def _read(self) -> dict[str, dict[str, float | None]]:
+        return json.loads(self.noted.read_text(encoding="utf-8")) if self.noted.exists() else {}
 
     def _folder(self, method: str, rate: str) -> Path:
         return self.home / f"{method}-{rate}"

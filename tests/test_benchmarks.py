@@ -118,6 +118,22 @@ def test_a_step_is_noted_as_done_only_if_it_is_or_failed_as_foreseen(tmp_path, m
     assert (tmp_path / "done" / "foreseen").read_text().startswith("no-such-command\n")
 
 
+def test_rates_that_are_noted_are_not_searched_again(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from comparison_plan import METHODS, Search
+
+    noted = tmp_path / "rates.json"
+    noted.write_text(json.dumps({method: {"1e-4": 0.3, "1e-3": None} for method in METHODS}))
+    search = Search(tmp_path / "search", "tiny", [], ("1e-4", "1e-3", "3e-3"), (), noted)
+    assert [step.name for step in search.steps()] == ["tiny-search-lora-3e-3", "tiny-search-raft-3e-3"]
+    for method, nrmse in (("lora", 0.2), ("raft", 0.4)):
+        (tmp_path / "search" / f"{method}-3e-3").mkdir(parents=True)
+        (tmp_path / "search" / f"{method}-3e-3" / "tune.json").write_text(json.dumps({"val": {"nrmse": nrmse}}))
+    assert (search.rate("lora"), search.rate("raft")) == (["--lr", "3e-3"], ["--lr", "1e-4"])
+    assert json.loads(noted.read_text())["lora"] == {"1e-4": 0.3, "1e-3": None, "3e-3": 0.2}
+    assert search.steps() == []
+
+
 def test_what_comparison_cannot_do_is_said():
     for wrong, said in (
         (("--tasks", "foo"), "the tasks are stsb, sick, wmt-en-zh, wmt-ru-en, wmt-si-en; got 'foo'"),

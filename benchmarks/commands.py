@@ -71,11 +71,11 @@ def run(step: Step, work: Path, jobs: int) -> None:
         ).returncode
     seconds = time.time() - started
     print(f"{step.name}: " + (f"{seconds:,.0f} s" if code == 0 else f"failed with {code}; see {log}"), flush=True)
-    # A kill, a full disk or memory that ran out is none: the step is run again.
-    said = log.read_bytes()[before:].decode("utf-8", errors="replace")
-    foreseen = step.may_fail and step.may_fail in said
-    if code != 0 and not foreseen:
-        raise SystemExit(code)
+    if code != 0:
+        said = log.read_bytes()[before:].decode("utf-8", errors="replace")
+        # A kill, a full disk or memory that ran out is no such error: the step is run again.
+        if not step.may_fail or step.may_fail not in said:
+            raise SystemExit(code)
     write_whole(done, f"{shlex.join(words)}\n{seconds:.1f} s\n")
 
 

@@ -1,4 +1,4 @@
-"""From what the LLM itself answered to rows of the table: greedy decoding, and regression-aware inference (RAIL).
+"""From a cache's readouts to rows of the table: greedy decoding, regression-aware inference (RAIL), a tuned head.
 
 RAIL: Lukasik, Narasimhan, Menon, Yu and Kumar, Regression-aware Inference with LLMs, EMNLP Findings 2024.
 """

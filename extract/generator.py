@@ -1,4 +1,4 @@
-"""The LLM with its LM head: what it answers to prompts, by greedy decoding, by sampling, or over candidate answers.
+"""The LLM with its LM head: what it answers, greedily, by sampling, or over candidates; and what its own head predicts.
 
 Samples that are the same so far are one path of a tree, which is read once.
 """

@@ -122,7 +122,7 @@ class _Job:
     tokens: list[np.ndarray]
     """Of each candidate; empty for other kinds."""
     head: "RegressionHead | None" = None
-    """That predicts, where none is asked anything."""
+    """What predicts, where the LLM is not asked anything."""
     computed: int = 0
     seconds: float = 0.0
 
@@ -278,7 +278,7 @@ def _answer(
         chosen = [order[place] for place in batch]
         tokens = [rows[row] for row in chosen]
         if job.head is not None:
-            return [round(score, 6) for score in generator.regression(tokens, job.head)]
+            return _rounded(generator.regression(tokens, job.head))
         if job.readout.kind == "greedy":
             return generator.greedy(tokens, prefix)
         if job.readout.kind == "samples":
@@ -297,5 +297,5 @@ def _uniform(row: int) -> np.ndarray:
     return np.random.default_rng((SEED, row)).random((SAMPLES, NEW_TOKENS))
 
 
-def _rounded(log_p: list[float]) -> list[float]:
-    return [round(value, 6) for value in log_p]
+def _rounded(values: list[float]) -> list[float]:
+    return [round(value, 6) for value in values]

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from .regression import HEAD
 from .sources import TextData, load_texts
 from .tree import pack_size
 from .tune_loop import Examples, Listener, tune
+from .tune_lora import add_adapter
 from .tune_methods import Answers, Method, raft_method, regression_method
 from .tune_rows import TuneRows, choose_rows
 from .tune_settings import TuneSettings
@@ -148,22 +148,6 @@ def _tune(
     )
     state.restore_best()
     return _finish(peft, folder, adapted, method, state, backbone, setup, frozen)
-
-
-def add_adapter(peft: Any, model: Any, settings: TuneSettings) -> Any:
-    """Put a fresh LoRA adapter on all linear layers of a causal LM but its LM head; the model is changed in place."""
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules="all-linear",
-    )
-    with warnings.catch_warnings():
-        # GPT-2's layers keep their weights the other way round: peft says so and does the right thing.
-        warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
-        warnings.simplefilter("ignore", FutureWarning)  # of what peft calls in transformers
-        return peft.get_peft_model(model, config)
 
 
 def _finish(

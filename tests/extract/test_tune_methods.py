@@ -17,8 +17,8 @@ from relish.extract.pipeline import extract_cache
 from relish.extract.settings import ExtractSettings
 from relish.extract.start import common_prefix
 from relish.extract.tree import takes_trees
-from relish.extract.tune import add_adapter
 from relish.extract.tune_loop import _take_step
+from relish.extract.tune_lora import add_adapter
 from relish.extract.tune_methods import (
     Answers,
     Method,
@@ -220,8 +220,9 @@ def test_the_regression_reads_what_all_rows_begin_with_once(adapted, tiny_rows, 
     theirs = method.head(*backbone.last_states(model.base_model, rows))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     gradients = [torch.autograd.grad(scores.square().sum(), list(parameters.values())) for scores in (ours, theirs)]
+    scale = max(gradient.abs().max().item() for gradient in gradients[1])
     for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * scale)
 
 
 def test_an_architecture_that_cannot_take_trees_is_padded(adapted, tiny_rows, monkeypatch):

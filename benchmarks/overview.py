@@ -31,10 +31,17 @@ NAMES = {
     **{f"relish, L = {depth} on lora": f"LoRA, then RELISH, L = {depth}" for depth in (1, 3, 5)},
 }
 """Methods as `relish compare` calls them, and as people do; others are in comparison.md."""
+CHOSEN = {
+    "RELISH, chosen": "RELISH, its depth by validation",
+    "RELISH hybrid, chosen": "RELISH on tuned states, which by validation",
+}
 
 
 def overview(comparison: dict[str, Any]) -> str:
-    """Markdown from comparison.json: Pearson / Spearman / NRMSE on the test rows, the best of a column in bold."""
+    """Markdown from comparison.json: Pearson / Spearman / NRMSE on the test rows, the best of a column in bold.
+
+    A table for each LLM, and one of the averages over all data sets.
+    """
     parts = []
     for backbone in comparison["backbones"]:
         places = [place for place in comparison["places"] if place["backbone"] == backbone]
@@ -42,7 +49,24 @@ def overview(comparison: dict[str, Any]) -> str:
         rows = [[name, *(column.get(method, "–") for column in columns)] for method, name in NAMES.items()]
         shown = [row for row in rows if set(row[1:]) != {"–"}]
         parts.append(f"**{backbone}**\n\n{table(['Method', *(place['dataset'] for place in places)], shown)}\n")
+    if len(comparison["datasets"]) > 1:
+        parts.append(f"Macro averages × 100:\n\n{_macro(comparison['macro'])}\n")
     return "\n".join(parts)
+
+
+def _macro(averages: Sequence[dict[str, Any]]) -> str:
+    """A column for each LLM, and one for all; a method that was not run everywhere has none."""
+    names = {**NAMES, **CHOSEN}
+    ordered = sorted(averages, key=lambda average: average["backbone"] is None)
+    columns = []
+    for average in ordered:
+        shown = {method["method"]: method for method in average["methods"] if method["method"] in names}
+        texts = {name: {metric: _text(method[metric], 100) for metric in METRICS} for name, method in shown.items()}
+        best = {metric: _text(_best([method[metric] for method in shown.values()], metric), 100) for metric in METRICS}
+        columns.append({name: _joined(figures, best) for name, figures in texts.items()})
+    rows = [[text, *(column.get(name, "–") for column in columns)] for name, text in names.items()]
+    heads = [average["backbone"] or "all" for average in ordered]
+    return table(["Method", *heads], [row for row in rows if set(row[1:]) != {"–"}])
 
 
 def _column(place: dict[str, Any], comparison: dict[str, Any]) -> dict[str, str]:
@@ -50,22 +74,34 @@ def _column(place: dict[str, Any], comparison: dict[str, Any]) -> dict[str, str]
     here = {"dataset": place["dataset"], "backbone": place["backbone"]}
     chosen = [one["method"] for one in _of(comparison["chosen"], **here, family="relish")]
     shown = [method for method in place["methods"] if method["method"] in NAMES]
-    ends = {"pearson": max, "spearman": max, "nrmse": min}
-    defined = {metric: [m[metric]["mean"] for m in shown if m[metric]["mean"] is not None] for metric in METRICS}
-    best = {metric: f"{end(defined[metric]):.3f}" for metric, end in ends.items() if defined[metric]}
+    best = {metric: _text(_best([method[metric]["mean"] for method in shown], metric)) for metric in METRICS}
     cells = {}
     for method in shown:
         duels = _of(comparison["tests"], **here, contender="RELISH, chosen", opponent_method=method["method"])
         outcomes = {duel["metric"]: duel["outcome"] for duel in duels}
-        figures = []
-        for metric, mark in METRICS.items():
-            mean = method[metric]["mean"]
-            text = f"{mean:.3f}" if mean is not None else "–"
-            bold = f"**{text}**" if text == best.get(metric) else text
-            figures.append(bold.replace("-", "−") + (mark if outcomes.get(metric) == "loss" else ""))
+        texts = {metric: _text(method[metric]["mean"]) for metric in METRICS}
+        marks = {metric: mark for metric, mark in METRICS.items() if outcomes.get(metric) == "loss"}
         behind = r"\*" if outcomes.get("nrmse") == "win" else ""
-        cells[method["method"]] = " / ".join(figures) + behind + (" ‡" if method["method"] in chosen else "")
+        cells[method["method"]] = _joined(texts, best, marks) + behind + (" ‡" if method["method"] in chosen else "")
     return cells
+
+
+def _best(values: Sequence[float | None], metric: str) -> float | None:
+    defined = [value for value in values if value is not None]
+    return (min if metric == "nrmse" else max)(defined) if defined else None
+
+
+def _text(value: float | None, times: int = 1) -> str:
+    """A figure; a correlation of predictions that are all the same has none."""
+    if value is None:
+        return "–"
+    return (f"{value:.3f}" if times == 1 else f"{times * value:.1f}").replace("-", "−")
+
+
+def _joined(texts: dict[str, str], best: dict[str, str], marks: dict[str, str] | None = None) -> str:
+    """Three figures as one cell."""
+    bold = {metric: f"**{text}**" if text == best[metric] != "–" else text for metric, text in texts.items()}
+    return " / ".join(text + (marks or {}).get(metric, "") for metric, text in bold.items())
 
 
 def _of(entries: Sequence[dict[str, Any]], **wanted: str) -> list[dict[str, Any]]:

@@ -104,6 +104,45 @@ def test_comparison(tmp_path):
     assert again == result
 
 
+def test_the_tables_at_a_glance(monkeypatch):
+    """Bold, marks, a method without correlation, and one that was not run everywhere."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from overview import overview
+
+    def figures(*values):
+        return dict(zip(("pearson", "spearman", "nrmse"), values, strict=True))
+
+    def method(name, *values):
+        return {"method": name, **{metric: {"mean": value} for metric, value in figures(*values).items()}}
+
+    relish, attention = ("relish, L = 3", 0.5, 0.4, 0.2), ("attention", 0.6, 0.4, 0.25)
+    greedy = ("greedy-0shot", None, None, 0.5)
+    here = {"dataset": "a", "backbone": "llm"}
+    duel = {**here, "contender": "RELISH, chosen", "opponent_method": "attention"}
+    comparison = {
+        "datasets": ["a", "b"],
+        "backbones": ["llm"],
+        "places": [
+            {**here, "methods": [method(*relish), method(*attention), method(*greedy)]},
+            {"dataset": "b", "backbone": "llm", "methods": [method(*relish), method(*greedy)]},
+        ],
+        "chosen": [{**here, "family": "relish", "method": "relish, L = 3"}],
+        "tests": [
+            {**duel, "metric": metric, "outcome": outcome} for metric, outcome in figures("loss", "tie", "win").items()
+        ],
+        "macro": [
+            {"backbone": "llm", "methods": [{"method": name, **figures(*values)} for name, *values in (relish, greedy)]}
+        ],
+    }
+    by_llm, macro = overview(comparison).split("Macro averages")
+    assert "| greedy decoding, 0-shot | – / – / 0.500 | – / – / 0.500 |" in by_llm
+    assert r"| attention pooling | **0.600**† / **0.400** / 0.250\* | – |" in by_llm
+    assert "| RELISH, L = 3 | 0.500 / **0.400** / **0.200** ‡ | **0.500** / **0.400** / **0.200** |" in by_llm
+    assert "| greedy decoding, 0-shot | – / – / 50.0 |" in macro
+    assert "| RELISH, L = 3 | **50.0** / **40.0** / **20.0** |" in macro
+    assert "attention" not in macro
+
+
 def test_a_step_is_noted_as_done_only_if_it_is_or_failed_as_foreseen(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from commands import Step, run

@@ -203,6 +203,21 @@ class Split:
         (input_ids,) = read_columns(self._path(shard), self._shards[shard], self._layouts[shard], ("input_ids",))
         return input_ids[self._position[row], : self.lengths[row]]
 
+    def shared_tokens(self) -> int:
+        """How many tokens all rows begin with; one less than the shortest row has, at most.
+
+        Raises:
+            CacheError: naming the shard, if it cannot be read.
+        """
+        shared = int(self.lengths.min()) - 1
+        first = None
+        for shard, layout in zip(self._shards, self._layouts, strict=True):
+            (input_ids,) = read_columns(self.cache.folder / shard.file, shard, layout, ("input_ids",))
+            first = input_ids[0] if first is None else first
+            same = (input_ids[:, :shared] == first[:shared]).all(axis=0)
+            shared = int(np.argmin(np.append(same, False)))
+        return shared
+
     def close(self) -> None:
         """Close the files; the next read opens them again."""
         _close_all(self._files)

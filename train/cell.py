@@ -1,24 +1,28 @@
 """One cell of a grid: a head trained, scored on the validation rows, and saved as a run or marked as diverged."""
 
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..cache.device import pick_device
 from ..cache.reader import FeatureCache, open_cache
 from ..cache.version import __version__
 from .data import Moments, Rows, feature_moments, ordered_batches, read_ahead, training_rows
 from .diverged import DivergedCell, diverged_path, save_diverged
+from .head import RelishHead
 from .heads import Head, HeadSpec, build_head, count_parameters
 from .known import comparable
 from .loop import Diverged, EpochRecord, best_epoch, predict_rows, train_head
 from .metrics import score
 from .mix import MixedHead
 from .pooled import pool
+from .principal import begin_with, principal_axes
 from .progress import CellName, Listener
 from .recipe import own_recipe, own_settings
 from .ridge import ALPHAS, solve_ridge
@@ -26,6 +30,7 @@ from .ridge import Moments as RidgeMoments
 from .run import save_run
 from .saving import writing
 from .settings import MIX, TrainSettings
+from .shared import own_tokens
 
 
 @dataclass(frozen=True)
@@ -39,8 +44,12 @@ class Training:
     """What every run's config.json says alike."""
     device: torch.device
     out: Path
+    skip: int
+    """Tokens that all training rows begin with, which no head reads."""
     moments: dict[str | None, Moments] = field(default_factory=dict)
     """By pooling; filled by whoever needs them first."""
+    axes: list[Tensor | None] = field(default_factory=list)
+    """None or one; likewise."""
 
     def steps(self, cell: CellName) -> int:
         """The most steps a cell may take."""
@@ -59,6 +68,7 @@ class Training:
             num_heads=self.settings.num_heads,
             dropout=self.settings.dropout,
             layers=len(self.train.split.layers) if self.settings.layer == MIX else None,
+            skip=self.skip,
         )
 
     def moments_for(self, head: Head) -> Moments | None:
@@ -67,8 +77,20 @@ class Training:
             return None
         pooling = getattr(head, "pooling", None)
         if pooling not in self.moments:
-            self.moments[pooling] = feature_moments(self.train, pooling)
+            self.moments[pooling] = feature_moments(self.train, pooling, skip=self.skip)
         return self.moments[pooling]
+
+    def axes_for(self, head: Head) -> Tensor | None:
+        """Principal axes of what relish reads, of the training rows; None where a head begins without them.
+
+        Each process finds them for itself: with as many threads they come out the same to the last bit.
+        """
+        if not self.settings.standardise or not isinstance(_inner(head), RelishHead):
+            return None
+        if not self.axes:
+            count = self.settings.latent_size
+            self.axes.append(principal_axes(self.train, head.input_scale, skip=self.skip, count=count))
+        return self.axes[0]
 
 
 def open_training(cache: str | Path, out: Path, settings: TrainSettings) -> Training:
@@ -81,7 +103,9 @@ def open_training(cache: str | Path, out: Path, settings: TrainSettings) -> Trai
     """
     opened = open_cache(cache)
     train, val = training_rows(opened, settings)
-    return Training(train, val, settings, _config(opened, settings, train, val), pick_device(settings.device), out)
+    skip = train.split.shared_tokens()
+    config = _config(opened, settings, train, val, skip)
+    return Training(train, val, settings, config, pick_device(settings.device), out, skip)
 
 
 def train_cell(training: Training, cell: CellName, listener: Listener | None) -> dict[str, Any] | None:
@@ -116,7 +140,7 @@ def _train(training: Training, cell: CellName, listener: Listener | None) -> dic
         recipe = own_recipe(settings, cell.head, len(train))
         history: list[EpochRecord] = []
         if recipe is None:
-            alpha = _fit_ridge(head, train, val, label_range)
+            alpha = _fit_ridge(head, train, val, label_range, training.skip)
             extra: dict[str, Any] = {"alpha": alpha}
             head.to(device)
         else:
@@ -124,6 +148,9 @@ def _train(training: Training, cell: CellName, listener: Listener | None) -> dic
             moments = training.moments_for(head)
             if moments is not None:
                 head.input_scale.set(moments.mean, moments.std)
+            axes = training.axes_for(head)
+            if axes is not None:
+                begin_with(_inner(head).input_projection, axes)
             head.to(device)
             history = train_head(
                 head,
@@ -170,18 +197,24 @@ def _mark_diverged(training: Training, cell: CellName, reason: str) -> None:
         save_diverged(DivergedCell(path, cell.head, cell.depth, cell.seed, parameters, reason, same))
 
 
-def _fit_ridge(head: Head, train: Rows, val: Rows, label_range: tuple[float, float]) -> float:
+def _inner(head: Head) -> Head:
+    """A head itself, where it reads a mix of layers."""
+    return head.head if isinstance(head, MixedHead) else head
+
+
+def _fit_ridge(head: Head, train: Rows, val: Rows, label_range: tuple[float, float], skip: int) -> float:
     """Fit the head's linear layer; the penalty with the lowest validation NRMSE wins, and is returned."""
-    batches = read_ahead(train, ordered_batches(train.lengths))
-    pooled = ((pool(hidden, mask, head.pooling).numpy(), target.double().numpy()) for hidden, mask, target in batches)
-    sums = RidgeMoments.of(pooled, head.hidden_size)
+
+    def pooled(rows: Rows, order: list[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for hidden, mask, target in read_ahead(rows, order):
+            yield pool(hidden, own_tokens(mask, skip), head.pooling).numpy(), target.double().numpy()
+
+    sums = RidgeMoments.of(pooled(train, ordered_batches(train.lengths)), head.hidden_size)
     if not np.isfinite(sums.xx).all():
         raise Diverged("the pooled hidden states are not finite")
     solutions = solve_ridge(sums)
     order = ordered_batches(val.lengths)
-    features = (
-        torch.cat([pool(hidden, mask, head.pooling) for hidden, mask, _ in read_ahead(val, order)]).double().numpy()
-    )
+    features = np.concatenate([vectors for vectors, _ in pooled(val, order)]).astype(np.float64)
     target = val.target[np.concatenate(order)]
     errors = [score(target, features @ weights + intercept, label_range)["nrmse"] for weights, intercept in solutions]
     best = int(np.argmin(errors))
@@ -192,7 +225,7 @@ def _fit_ridge(head: Head, train: Rows, val: Rows, label_range: tuple[float, flo
     return ALPHAS[best]
 
 
-def _config(cache: FeatureCache, settings: TrainSettings, train: Rows, val: Rows) -> dict[str, Any]:
+def _config(cache: FeatureCache, settings: TrainSettings, train: Rows, val: Rows, skip: int) -> dict[str, Any]:
     recipe = asdict(settings)
     for grid_or_machine in ("heads", "depths", "seeds", "layer", "device", "threads", "workers"):
         del recipe[grid_or_machine]
@@ -210,5 +243,5 @@ def _config(cache: FeatureCache, settings: TrainSettings, train: Rows, val: Rows
             "val_split": val.split.name,
             "val": splits[val.split.name].fingerprint,
         },
-        "settings": recipe,
+        "settings": {**recipe, "skip": skip},
     }

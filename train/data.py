@@ -14,6 +14,7 @@ from ..cache.manifest import VALIDATION_NAMES
 from ..cache.reader import FeatureCache, Split
 from .pooled import pool
 from .settings import MIX, Layer, TrainSettings
+from .shared import own_tokens
 
 _AHEAD = 3  # batches read ahead
 _SLOTS = 8192  # token slots of a batch that needs no gradient, over all layers
@@ -151,12 +152,13 @@ class Moments:
     std: Tensor
 
 
-def feature_moments(rows: Rows, pooling: str | None) -> Moments:
+def feature_moments(rows: Rows, pooling: str | None, *, skip: int = 0) -> Moments:
     """Moments of what a head reads, estimated from a sample of the rows, always the same one.
 
     Args:
         rows: the training rows.
         pooling: None for the moments of each real token, otherwise those of the pooled vector of each row.
+        skip: tokens at the beginning of each row that it does not read.
     """
     order = np.random.default_rng(0).permutation(len(rows))
     enough = int(np.searchsorted(np.cumsum(rows.lengths[order]), _SAMPLE)) + 1
@@ -164,8 +166,9 @@ def feature_moments(rows: Rows, pooling: str | None) -> Moments:
     sums = [_Sums() for _ in sample.split.layers]
     stacked = sample.split.stacked
     for hidden, mask, _ in read_ahead(sample, sample.batches()):
+        own = own_tokens(mask, skip)
         for layer, one in zip(hidden.unbind(dim=1) if stacked else (hidden,), sums, strict=True):
-            one.add((layer[mask] if pooling is None else pool(layer, mask, pooling)).double())
+            one.add((layer[own] if pooling is None else pool(layer, own, pooling)).double())
     mean, std = (torch.stack(parts) for parts in zip(*(one.moments() for one in sums), strict=True))
     return Moments(mean, std) if stacked else Moments(mean[0], std[0])
 

@@ -5,6 +5,7 @@ Each can read a learned mix of K layers instead, (B, K, T, D).
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -15,6 +16,7 @@ from .head import RelishHead
 from .mix import MixedHead
 from .pooled import PooledHead, mlp_body
 from .settings import HEADS
+from .shared import without_shared
 
 Head = Any
 """A module with `hidden_size`, `input_scale`, `target_scale` and `head(hidden, mask) -> (B,)`."""
@@ -33,6 +35,8 @@ class HeadSpec:
     dropout: float
     layers: int | None = None
     """K, for a head that reads a learned mix of K layers, (B, K, T, D); None for one that reads a single layer."""
+    skip: int = 0
+    """Tokens at the beginning of each row that it does not read (train/shared.py)."""
 
 
 def build_head(spec: HeadSpec) -> Head:
@@ -44,7 +48,10 @@ def build_head(spec: HeadSpec) -> Head:
     if spec.name not in HEADS:
         raise SettingsError(f"there is no head {spec.name!r}; there are {', '.join(HEADS)}")
     head = _BUILDERS[spec.name](spec)
-    return head if spec.layers is None else MixedHead(head, spec.layers)
+    head = head if spec.layers is None else MixedHead(head, spec.layers)
+    if spec.skip:
+        head.register_forward_pre_hook(partial(without_shared, spec.skip))
+    return head
 
 
 def count_parameters(head: nn.Module) -> int:

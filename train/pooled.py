@@ -11,7 +11,7 @@ def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
 
     Args:
         hidden: (B, T, D).
-        mask: (B, T), True = real token; real tokens come first.
+        mask: (B, T), True = real token.
         pooling: "mean", or "last" for the last real token.
 
     Returns:
@@ -20,7 +20,7 @@ def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
     mask = mask.bool()
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     if pooling == "last":
-        last = mask.sum(dim=1) - 1
+        last = mask.long().cumsum(dim=1).argmax(dim=1)
         return hidden[torch.arange(len(hidden), device=hidden.device), last].to(dtype)
     kept = hidden.to(dtype).masked_fill(~mask.unsqueeze(-1), 0.0)
     return kept.sum(dim=1) / mask.sum(dim=1, keepdim=True)

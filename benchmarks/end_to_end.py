@@ -55,15 +55,21 @@ def training(cache: Path, home: Path) -> Callable[[], float]:
 
 
 def reading(cache: Path) -> Callable[[], None]:
-    """The rows of the sample that the inputs' moments are taken from, checksums included."""
+    """What a training computes once: the tokens that rows share, the inputs' moments and axes; checksums included."""
     import numpy as np
 
     from relish.cache.reader import open_cache
     from relish.train.data import Rows, feature_moments
+    from relish.train.principal import principal_axes
+    from relish.train.scale import InputScale
 
     def work() -> None:
         split = open_cache(cache).split("train")
-        feature_moments(Rows(split, np.arange(len(split))), None)
+        rows, skip = Rows(split, np.arange(len(split))), split.shared_tokens()
+        moments = feature_moments(rows, None, skip=skip)
+        scale = InputScale(len(moments.mean))
+        scale.set(moments.mean, moments.std)
+        principal_axes(rows, scale, skip=skip, count=256)
 
     work()
     return work

@@ -3,10 +3,10 @@
     python benchmarks/rival_cell.py CACHE --depth 3 --seed 0 --layer 20 --epochs 5 --out head.pt
     python benchmarks/rival_cell.py CACHE --depth 3 --seed 0 --layer 20 --epochs 5 --sample 100
 
-The plain head (rival.py) with relish's recipe: the same rows in the same batches and order, read ahead in a thread by
-relish's reader; hidden states standardised as they come; AdamW with warm-up and cosine, gradients clipped, squared
-error; validated after each epoch, and the best epoch is kept. It prints one JSON object. With --sample it takes so many
-steps and validates once, to see how long these take.
+The plain head (rival.py) with relish's recipe: the same first weights, and the same rows in the same batches and order,
+read ahead in a thread by relish's reader, without what all of them begin with; hidden states standardised as they come;
+AdamW with warm-up and cosine, gradients clipped, squared error; validated after each epoch, and the best epoch is kept.
+It prints one JSON object. With --sample it takes so many steps and validates once, to see how long these take.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from torch import Tensor
 from relish.cache.reader import open_cache
 from relish.train.data import feature_moments, ordered_batches, read_ahead, shuffled_batches, training_rows
 from relish.train.metrics import score
+from relish.train.principal import begin_with, principal_axes
 from relish.train.recipe import own_recipe
 from relish.train.scale import InputScale
 from relish.train.settings import EPOCHS, TrainSettings
@@ -40,18 +41,25 @@ def train(given: argparse.Namespace) -> dict[str, Any]:
     recipe = own_recipe(settings, "relish", len(rows))
     assert recipe is not None
     inputs = InputScale(cache.hidden_size)
-    moments = feature_moments(rows, None)
+    skip = rows.split.shared_tokens()
+    moments = feature_moments(rows, None, skip=skip)
     inputs.set(moments.mean, moments.std)
     target_mean, target_std = float(rows.target.mean()), float(rows.target.std())
     torch.manual_seed(given.seed)
     head = PlainRelish(cache.hidden_size, given.depth)
+    axes = principal_axes(rows, inputs, skip=skip, count=settings.latent_size)
+    assert axes is not None
+    begin_with(head.input_projection, axes)
     per_epoch = math.ceil(len(rows) / settings.batch_size)
     order = np.random.default_rng(given.seed)
+
+    def standardised(hidden: Tensor) -> Tensor:
+        return (hidden[:, skip:].float() - inputs.mean) / inputs.scale
 
     def batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for _ in range(recipe.epochs):
             for hidden, mask, target in read_ahead(rows, shuffled_batches(rows, settings.batch_size, order)):
-                yield (hidden.float() - inputs.mean) / inputs.scale, mask, (target - target_mean) / target_std
+                yield standardised(hidden), mask[:, skip:], (target - target_mean) / target_std
 
     step = train_plainly(
         head,
@@ -68,9 +76,7 @@ def train(given: argparse.Namespace) -> dict[str, Any]:
         predictions = np.empty(len(val))
         chunks = ordered_batches(val.lengths)
         for chunk, (hidden, mask, _) in zip(chunks, read_ahead(val, chunks), strict=True):
-            predictions[chunk] = (
-                target_mean + target_std * head((hidden.float() - inputs.mean) / inputs.scale, mask)
-            ).double()
+            predictions[chunk] = (target_mean + target_std * head(standardised(hidden), mask[:, skip:])).double()
         head.train()
         return score(val.target, predictions, cache.label_range)
 

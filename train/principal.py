@@ -1,7 +1,7 @@
 """Where relish begins to read: the directions in which the tokens of the training rows differ most.
 
 A random projection of D dimensions to d mixes what differs with what does not, and from few rows the head learns little
-more than to weigh what it is given (benchmarks/recipe-log.md, "Where relish begins to read").
+more than to weigh what it is given (benchmarks/recipe-log.md, "What heads read").
 """
 
 import math

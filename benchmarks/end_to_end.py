@@ -59,13 +59,13 @@ def reading(cache: Path) -> Callable[[], None]:
     import numpy as np
 
     from relish.cache.reader import open_cache
-    from relish.train.data import Rows, feature_moments
+    from relish.train.data import Rows, feature_moments, shared_tokens
     from relish.train.principal import principal_axes
     from relish.train.scale import InputScale
 
     def work() -> None:
         split = open_cache(cache).split("train")
-        rows, skip = Rows(split, np.arange(len(split))), split.shared_tokens()
+        rows, skip = Rows(split, np.arange(len(split))), shared_tokens(split)
         moments = feature_moments(rows, None, skip=skip)
         scale = InputScale(len(moments.mean))
         scale.set(moments.mean, moments.std)

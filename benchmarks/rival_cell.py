@@ -24,7 +24,14 @@ from rival import PlainRelish, train_plainly
 from torch import Tensor
 
 from relish.cache.reader import open_cache
-from relish.train.data import feature_moments, ordered_batches, read_ahead, shuffled_batches, training_rows
+from relish.train.data import (
+    feature_moments,
+    ordered_batches,
+    read_ahead,
+    shared_tokens,
+    shuffled_batches,
+    training_rows,
+)
 from relish.train.metrics import score
 from relish.train.principal import begin_with, principal_axes
 from relish.train.recipe import own_recipe
@@ -41,7 +48,7 @@ def train(given: argparse.Namespace) -> dict[str, Any]:
     recipe = own_recipe(settings, "relish", len(rows))
     assert recipe is not None
     inputs = InputScale(cache.hidden_size)
-    skip = rows.split.shared_tokens()
+    skip = shared_tokens(rows.split, val.split)
     moments = feature_moments(rows, None, skip=skip)
     inputs.set(moments.mean, moments.std)
     target_mean, target_std = float(rows.target.mean()), float(rows.target.std())

@@ -203,19 +203,19 @@ class Split:
         (input_ids,) = read_columns(self._path(shard), self._shards[shard], self._layouts[shard], ("input_ids",))
         return input_ids[self._position[row], : self.lengths[row]]
 
-    def shared_tokens(self) -> int:
-        """How many tokens all rows begin with; one less than the shortest row has, at most.
+    def shared_tokens(self) -> np.ndarray:
+        """Token ids that all rows begin with, (P,) int32: at most all but one of the shortest row's.
 
         Raises:
             CacheError: naming the shard, if it cannot be read.
         """
-        shared = int(self.lengths.min()) - 1
-        first = None
+        shared = None
         for shard, layout in zip(self._shards, self._layouts, strict=True):
             (input_ids,) = read_columns(self.cache.folder / shard.file, shard, layout, ("input_ids",))
-            first = input_ids[0] if first is None else first
-            same = (input_ids[:, :shared] == first[:shared]).all(axis=0)
-            shared = int(np.argmin(np.append(same, False)))
+            shared = input_ids[0, : self.lengths.min() - 1] if shared is None else shared
+            same = (input_ids[:, : len(shared)] == shared).all(axis=0)
+            shared = shared[: np.argmin(np.append(same, False))]
+        assert shared is not None  # a split has a shard
         return shared
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..cache.device import pick_device
 from ..cache.reader import FeatureCache, open_cache
 from ..cache.version import __version__
-from .data import Moments, Rows, feature_moments, ordered_batches, read_ahead, training_rows
+from .data import Moments, Rows, feature_moments, ordered_batches, read_ahead, shared_tokens, training_rows
 from .diverged import DivergedCell, diverged_path, save_diverged
 from .head import RelishHead
 from .heads import Head, HeadSpec, build_head, count_parameters
@@ -45,7 +45,7 @@ class Training:
     device: torch.device
     out: Path
     skip: int
-    """Tokens that all training rows begin with, which no head reads."""
+    """Tokens that all rows begin with, to learn from and to validate; no head reads them."""
     moments: dict[str | None, Moments] = field(default_factory=dict)
     """By pooling; filled by whoever needs them first."""
     axes: list[Tensor | None] = field(default_factory=list)
@@ -103,7 +103,7 @@ def open_training(cache: str | Path, out: Path, settings: TrainSettings) -> Trai
     """
     opened = open_cache(cache)
     train, val = training_rows(opened, settings)
-    skip = train.split.shared_tokens()
+    skip = shared_tokens(train.split, val.split)
     config = _config(opened, settings, train, val, skip)
     return Training(train, val, settings, config, pick_device(settings.device), out, skip)
 

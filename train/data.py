@@ -103,6 +103,18 @@ def training_rows(cache: FeatureCache, settings: TrainSettings) -> tuple[Rows, R
     return chosen
 
 
+def shared_tokens(*splits: Split) -> int:
+    """How many tokens all rows of all these splits begin with.
+
+    Raises:
+        CacheError: if a shard cannot be read.
+    """
+    found = [split.shared_tokens() for split in splits]
+    shortest = min(map(len, found))
+    same = np.logical_and.reduce([tokens[:shortest] == found[0][:shortest] for tokens in found])
+    return int(np.argmin(np.append(same, False)))
+
+
 def shuffled_batches(rows: Rows, batch_size: int, generator: np.random.Generator) -> list[np.ndarray]:
     """One epoch's batches: numbers within `rows`, each once, in random order."""
     order = generator.permutation(len(rows))

@@ -105,6 +105,19 @@ def test_a_split_says_what_its_rows_are(make, cache):
     assert split.input_ids(3).tolist() == rows.tokens[3].tolist()
 
 
+@pytest.mark.parametrize("same", [0, 1, 3])
+@pytest.mark.parametrize("shortest", [1, 3, 4, 9])
+def test_the_tokens_that_all_rows_begin_with(make, tmp_path, same, shortest):
+    """In several shards; each row keeps a token of its own, also where it is the beginning of all others."""
+    lengths = (*range(10, 20), shortest)
+    given = make.rows(lengths)
+    shared = np.arange(2000, 2000 + same, dtype=np.int32)
+    tokens = [np.append(shared, row)[:n] for n, row in zip(lengths, given.tokens, strict=True)]
+    make.write(tmp_path / "c", {"train": make.rows(lengths, tokens=tokens)})
+    found = open_cache(tmp_path / "c").split("train").shared_tokens()
+    assert found.tolist() == shared[: shortest - 1].tolist()
+
+
 def test_padding_on_disk_is_not_read(make, cache, monkeypatch):
     read = []
     whole = reader.read_into

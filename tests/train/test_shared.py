@@ -13,7 +13,7 @@ from relish.cache.errors import RunError
 from relish.cache.jsonfile import sealed_text
 from relish.cache.reader import open_cache
 from relish.cache.writer import CacheWriter, SplitRows
-from relish.train.data import Rows, feature_moments
+from relish.train.data import Rows, feature_moments, shared_tokens
 from relish.train.grid import train_heads
 from relish.train.heads import HeadSpec, build_head
 from relish.train.run import load_head, load_run
@@ -83,8 +83,11 @@ def prompted(tmp_path):
     return make
 
 
-def test_what_all_rows_begin_with_is_found_in_all_shards(prompted):
-    assert open_cache(prompted("c", noise=0)).split("train").shared_tokens() == SHARED
+def test_what_all_rows_begin_with_is_found_in_all_shards_of_all_splits(prompted, tmp_path):
+    opened, plain = open_cache(prompted("c", noise=0)), open_cache(tmp_path / "plain")
+    assert opened.split("train").shared_tokens().tolist() == [90, 91, 92]
+    assert shared_tokens(opened.split("train")) == shared_tokens(opened.split("train"), opened.split("dev")) == SHARED
+    assert shared_tokens(opened.split("train"), plain.split("dev")) == 0
 
 
 def test_training_and_prediction_do_not_depend_on_what_all_rows_begin_with(prompted, tmp_path):
@@ -94,7 +97,7 @@ def test_training_and_prediction_do_not_depend_on_what_all_rows_begin_with(promp
     for folder in folders:
         train_heads(folder, tmp_path / f"{folder.name}-runs", settings)
     plain = tmp_path / "plain"
-    assert open_cache(plain).split("train").shared_tokens() == 0
+    assert len(open_cache(plain).split("train").shared_tokens()) == 0
     train_heads(plain, tmp_path / "plain-runs", settings)
     for run in sorted((tmp_path / "plain-runs").glob("*-seed*")):
         quiet, loud = (tmp_path / f"{folder.name}-runs" / run.name for folder in folders)

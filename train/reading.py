@@ -151,9 +151,10 @@ class Direct:
     """Reads the hidden states themselves, row by row, without padding."""
 
     def __init__(self, hidden: Tensor, mask: Tensor, weight: Tensor, bias: Tensor) -> None:
-        lengths = mask.sum(dim=1)
-        if bool((mask == (torch.arange(mask.shape[1]) < lengths[:, None])).all()):
-            self._rows = [row[:length] for row, length in zip(hidden, lengths.tolist(), strict=True)]
+        lengths, first = mask.sum(dim=1), mask.int().argmax(dim=1)
+        ends, places = first + lengths, torch.arange(mask.shape[1])
+        if bool((mask == (places >= first[:, None]) & (places < ends[:, None])).all()):
+            self._rows = [row[begin:end] for row, begin, end in zip(hidden, first.tolist(), ends.tolist(), strict=True)]
         else:
             self._rows = [row[real] for row, real in zip(hidden, mask, strict=True)]
         self._weight, self._bias = weight, bias

@@ -49,7 +49,7 @@ class Training:
     moments: dict[str | None, Moments] = field(default_factory=dict)
     """By pooling; filled by whoever needs them first."""
     axes: list[Tensor | None] = field(default_factory=list)
-    """None or one; likewise."""
+    """What `axes_for` found, once it was asked."""
 
     def steps(self, cell: CellName) -> int:
         """The most steps a cell may take."""

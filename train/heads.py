@@ -50,7 +50,7 @@ def build_head(spec: HeadSpec) -> Head:
     head = _BUILDERS[spec.name](spec)
     head = head if spec.layers is None else MixedHead(head, spec.layers)
     if spec.skip:
-        head.register_forward_pre_hook(partial(without_shared, spec.skip))
+        head.register_forward_pre_hook(partial(without_shared, spec.skip), with_kwargs=True)
     return head
 
 

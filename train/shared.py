@@ -3,8 +3,7 @@
 Attention and means would be made of it by half where texts are short.
 """
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def own_tokens(mask: Tensor, skip: int) -> Tensor:
@@ -23,7 +22,9 @@ def own_tokens(mask: Tensor, skip: int) -> Tensor:
     return mask & (mask.cumsum(dim=1) > skipped)
 
 
-def without_shared(skip: int, _head: torch.nn.Module, given: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Hidden states and mask as a head is given them, to those it reads: a forward pre-hook, once it knows `skip`."""
-    hidden, mask = given
-    return hidden, own_tokens(mask.bool(), skip)
+def without_shared(
+    skip: int, _head: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """What a head is given, to what it reads: a forward pre-hook, once it knows `skip`."""
+    given = {**dict(zip(("hidden", "mask"), args, strict=False)), **named}
+    return (), {**given, "mask": own_tokens(given["mask"].bool(), skip)}

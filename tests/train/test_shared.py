@@ -56,7 +56,8 @@ def test_a_head_that_skips_is_one_that_was_never_given_those_tokens(name, layers
     assert expected.std() > 0
     hidden[..., :SHARED, :] = float("nan")
     torch.testing.assert_close(head(hidden, mask), expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(head(hidden, mask.to(torch.uint8)), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(head(hidden, mask=mask.to(torch.uint8)), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(head(mask=mask, hidden=hidden), expected, rtol=0, atol=1e-5)
 
 
 @pytest.fixture

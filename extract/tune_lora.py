@@ -4,6 +4,7 @@ Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022.
 """
 
 import warnings
+import weakref
 from functools import partial
 from typing import Any
 
@@ -31,12 +32,13 @@ def add_adapter(peft: Any, model: Any, settings: TuneSettings) -> Any:
         adapted = peft.get_peft_model(model, config)
     for module in adapted.modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
-            module.forward = partial(lora_forward, module, dropout=settings.dropout)
+            # Not the module itself, which would then keep itself, and the LLM, in memory.
+            module.forward = partial(lora_forward, weakref.proxy(module), dropout=settings.dropout)
     return adapted
 
 
 def lora_forward(layer: Any, x: Tensor, *, dropout: float) -> Tensor:
-    """W x + α/r · B A dropout(x), all in the dtype of x.
+    """W x + α/r · B A dropout(x), in bfloat16 where x is; float16 is too narrow for the gradients of A and B.
 
     peft computes the second term in float32, the dtype of the weights A and B, for which it casts every layer's input
     and output; autocast, too, leaves float32 to the weights alone.
@@ -50,8 +52,10 @@ def lora_forward(layer: Any, x: Tensor, *, dropout: float) -> Tensor:
         (…, out).
     """
     a, b = (part[_ADAPTER].weight for part in (layer.lora_A, layer.lora_B))
-    low = nn.functional.linear(drop(x, dropout) if layer.training else x, a.to(x.dtype))
-    return layer.base_layer(x) + nn.functional.linear(low, (b * layer.scaling[_ADAPTER]).to(x.dtype))
+    kind = x.dtype if x.dtype == torch.bfloat16 else torch.float32
+    read = drop(x, dropout) if layer.training else x
+    low = nn.functional.linear(read.to(kind), a.to(kind))
+    return layer.base_layer(x) + nn.functional.linear(low, (b * layer.scaling[_ADAPTER]).to(kind)).to(x.dtype)
 
 
 def drop(x: Tensor, share: float) -> Tensor:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from ..cache.reader import FeatureCache, open_cache
 from ..cache.version import __version__
 from .data import Moments, Rows, feature_moments, ordered_batches, read_ahead, shared_tokens, training_rows
 from .diverged import DivergedCell, diverged_path, save_diverged
-from .head import RelishHead
 from .heads import Head, HeadSpec, build_head, count_parameters
 from .known import comparable
 from .loop import Diverged, EpochRecord, best_epoch, predict_rows, train_head
@@ -29,6 +29,7 @@ from .ridge import ALPHAS, solve_ridge
 from .ridge import Moments as RidgeMoments
 from .run import save_run
 from .saving import writing
+from .scale import InputScale
 from .settings import MIX, TrainSettings
 from .shared import own_tokens
 
@@ -48,8 +49,6 @@ class Training:
     """Tokens that all rows begin with, to learn from and to validate; no head reads them."""
     moments: dict[str | None, Moments] = field(default_factory=dict)
     """By pooling; filled by whoever needs them first."""
-    axes: list[Tensor | None] = field(default_factory=list)
-    """What `axes_for` found, once it was asked."""
 
     def steps(self, cell: CellName) -> int:
         """The most steps a cell may take."""
@@ -80,17 +79,16 @@ class Training:
             self.moments[pooling] = feature_moments(self.train, pooling, skip=self.skip)
         return self.moments[pooling]
 
-    def axes_for(self, head: Head) -> Tensor | None:
-        """Principal axes of what relish reads, of the training rows; None where a head begins without them.
+    @cached_property
+    def axes(self) -> Tensor | None:
+        """Principal axes of what relish reads, of the training rows; None where they cannot be had.
 
         Each process finds them for itself: with as many threads they come out the same to the last bit.
         """
-        if not self.settings.standardise or not isinstance(_inner(head), RelishHead):
-            return None
-        if not self.axes:
-            count = self.settings.latent_size
-            self.axes.append(principal_axes(self.train, head.input_scale, skip=self.skip, count=count))
-        return self.axes[0]
+        moments = self.moments[None]
+        scale = InputScale(*moments.mean.shape)
+        scale.set(moments.mean, moments.std)
+        return principal_axes(self.train, scale, skip=self.skip, count=self.settings.latent_size)
 
 
 def open_training(cache: str | Path, out: Path, settings: TrainSettings) -> Training:
@@ -148,9 +146,8 @@ def _train(training: Training, cell: CellName, listener: Listener | None) -> dic
             moments = training.moments_for(head)
             if moments is not None:
                 head.input_scale.set(moments.mean, moments.std)
-            axes = training.axes_for(head)
-            if axes is not None:
-                begin_with(_inner(head).input_projection, axes)
+            if recipe.principal_axes and training.axes is not None:
+                begin_with((head.head if isinstance(head, MixedHead) else head).input_projection, training.axes)
             head.to(device)
             history = train_head(
                 head,
@@ -179,7 +176,7 @@ def _train(training: Training, cell: CellName, listener: Listener | None) -> dic
         "seconds": round(time.perf_counter() - started, 3),
     }
     own = {
-        "head": {name: value for name, value in asdict(spec).items() if value is not None},
+        "head": {name: value for name, value in asdict(spec).items() if value is not None and name != "skip"},
         "seed": cell.seed,
         "parameters": count_parameters(head),
         "settings": own_settings(training.config, settings, cell.head),
@@ -195,11 +192,6 @@ def _mark_diverged(training: Training, cell: CellName, reason: str) -> None:
     same = comparable(training.config, training.settings, cell.head)
     with writing(path, "finished cells are kept"):
         save_diverged(DivergedCell(path, cell.head, cell.depth, cell.seed, parameters, reason, same))
-
-
-def _inner(head: Head) -> Head:
-    """A head itself, where it reads a mix of layers."""
-    return head.head if isinstance(head, MixedHead) else head
 
 
 def _fit_ridge(head: Head, train: Rows, val: Rows, label_range: tuple[float, float], skip: int) -> float:
@@ -243,5 +235,5 @@ def _config(cache: FeatureCache, settings: TrainSettings, train: Rows, val: Rows
             "val_split": val.split.name,
             "val": splits[val.split.name].fingerprint,
         },
-        "settings": {**recipe, "skip": skip},
+        "settings": {**recipe, "skipped_tokens": skip},
     }

@@ -24,7 +24,7 @@ Head = Any
 
 @dataclass(frozen=True, kw_only=True)
 class HeadSpec:
-    """All that a head's shape depends on; stored with its weights."""
+    """All that a head's predictions depend on besides its weights, with which it is stored."""
 
     name: str
     hidden_size: int

@@ -27,8 +27,8 @@ def principal_axes(rows: Rows, scale: InputScale, *, skip: int, count: int) -> T
         count: how many.
 
     Returns:
-        (q, D) float32, orthonormal; q is `count`, or D or the number of tokens where that is smaller. None if a hidden
-        state is not finite.
+        (q, D) float32, orthonormal; q is `count`, or D or the number of tokens where that is smaller. None if hidden
+        states are not finite, or too large.
     """
     order = np.random.default_rng(0).permutation(len(rows))
     enough = int(np.searchsorted(np.cumsum(rows.lengths[order] - skip), _SAMPLE)) + 1
@@ -44,8 +44,11 @@ def principal_axes(rows: Rows, scale: InputScale, *, skip: int, count: int) -> T
     if not tokens.isfinite().all():
         return None
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        _, _, axes = torch.pca_lowrank(tokens, q=min(count, *tokens.shape), niter=4)
+        torch.default_generator.manual_seed(0)  # not torch.manual_seed, which a GPU's generator hears as well
+        try:
+            _, _, axes = torch.pca_lowrank(tokens, q=min(count, *tokens.shape), niter=4)
+        except RuntimeError:  # of states near float32's end, whose products are infinite
+            return None
     return axes.T.contiguous()
 
 

@@ -21,6 +21,8 @@ class Recipe:
     """Epochs without a better validation NRMSE before a cell stops."""
     step_scale: float | None
     """Of relish, see STEP_SCALE: runs from before it did not begin the same way."""
+    principal_axes: bool | None
+    """Of relish, whether it begins at these (train/principal.py); not on hidden states as they are."""
 
 
 LEARNT = tuple(field.name for field in fields(Recipe))
@@ -38,6 +40,7 @@ def own_recipe(settings: TrainSettings, head: str, rows: int) -> Recipe | None:
         epochs=epochs,
         patience=settings.patience or math.ceil(3 / 5 * epochs),
         step_scale=STEP_SCALE if head == "relish" else None,
+        principal_axes=settings.standardise if head == "relish" else None,
     )
 
 

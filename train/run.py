@@ -47,7 +47,7 @@ class Run:
     task: str | None
     """The preset of that cache, None for custom data."""
     settings: dict[str, Any]
-    """The recipe: TrainSettings without the grid."""
+    """The recipe: TrainSettings without the grid, and how many tokens at the beginning of a row are not read."""
     train_rows: int
     data: dict[str, str]
     """Which rows it saw: fingerprints of the training and validation split, and the latter's name."""
@@ -141,7 +141,7 @@ def load_run(path: str | Path) -> Run:
     try:
         return Run(
             path=path,
-            head=HeadSpec(**config["head"]),
+            head=HeadSpec(**config["head"], skip=config["settings"].get("skipped_tokens", 0)),
             seed=int(config["seed"]),
             parameters=config["parameters"],
             layer=config["layer"],

@@ -1,4 +1,4 @@
-"""What all training rows begin with, such as a prompt's instructions: no head reads it, for there is nothing to learn.
+"""What all rows begin with, such as a prompt's instructions: no head reads it, for there is nothing to learn.
 
 Attention and means would be made of it by half where texts are short.
 """
@@ -19,12 +19,15 @@ def own_tokens(mask: Tensor, skip: int) -> Tensor:
     if not skip:
         return mask
     skipped = (mask.sum(dim=1, keepdim=True) - 1).clamp(max=skip)
-    return mask & (mask.cumsum(dim=1) > skipped)
+    return mask & (mask.long().cumsum(dim=1) > skipped)
 
 
 def without_shared(
     skip: int, _head: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]
 ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     """What a head is given, to what it reads: a forward pre-hook, once it knows `skip`."""
-    given = {**dict(zip(("hidden", "mask"), args, strict=False)), **named}
-    return (), {**given, "mask": own_tokens(given["mask"].bool(), skip)}
+
+    def read(hidden: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        return hidden, own_tokens(mask.bool(), skip)
+
+    return read(*args, **named), {}

@@ -1,6 +1,8 @@
 """The adapter's layers, against peft's own forward pass."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -75,6 +77,36 @@ def test_in_bfloat16_it_is_peft_but_for_rounding(adapted):
     del layer.forward
     theirs = layer(x)
     torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02 * theirs.abs().max().item())
+
+
+def test_small_gradients_survive_float16(adapted):
+    """As they come at the start, when B and the head have only begun to move away from zero."""
+    model = adapted("llama").eval()
+    layer = layers_of(model)[0]
+    layer.base_layer.half()
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    with torch.no_grad():
+        b.mul_(1e-3)
+    x = torch.randn(40, layer.in_features).half()
+    found = []
+    for _ in range(2):
+        found.append(torch.autograd.grad(layer(x), (a, b), torch.full((40, layer.out_features), 2e-6).half()))
+        layer.__dict__.pop("forward", None)  # then peft's own
+    for ours, theirs in zip(*found, strict=True):
+        assert theirs.abs().max() > 0
+        torch.testing.assert_close(ours, theirs, rtol=0.01, atol=0.01 * theirs.abs().max().item())
+
+
+def test_an_adapter_does_not_keep_the_llm_in_memory(adapted):
+    gc.collect()
+    gc.disable()
+    try:
+        model = adapted("llama")
+        layer = weakref.ref(layers_of(model)[-1].base_layer)
+        del model
+        assert layer() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

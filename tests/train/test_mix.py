@@ -195,7 +195,7 @@ def test_a_run_of_one_layer_is_written_as_before(layers, tmp_path):
     config = json.loads((run.path / "config.json").read_text())
     assert (config["layer"], sorted(config["head"])) == (
         5,
-        ["depth", "dropout", "hidden_size", "latent_size", "name", "num_heads", "skip"],
+        ["depth", "dropout", "hidden_size", "latent_size", "name", "num_heads"],
     )
 
 

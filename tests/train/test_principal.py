@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from relish.cache.reader import open_cache
+from relish.train import principal
 from relish.train.data import Rows, feature_moments, open_split
 from relish.train.grid import train_heads
 from relish.train.principal import begin_with, principal_axes
@@ -51,6 +52,23 @@ def test_they_are_those_of_all_tokens(tmp_path, layer, skip):
     np.testing.assert_allclose(np.abs(cosines), 1, atol=1e-3)
 
 
+def test_a_sample_shows_them_too(tmp_path, monkeypatch):
+    """Of some rows, never the same as the first ones."""
+    rows = rows_of(write_cache(tmp_path / "c", sizes={"train": 400}))
+    scale = scale_of(rows, times=1.5 ** torch.arange(HIDDEN))
+    whole = principal_axes(rows, scale, skip=0, count=2)
+    monkeypatch.setattr(principal, "_SAMPLE", 1000)
+    read = []
+    real = principal.read_ahead
+    monkeypatch.setattr(principal, "read_ahead", lambda rows, batches: read.append(rows.index) or real(rows, batches))
+    some = principal_axes(rows, scale, skip=0, count=2)
+    (index,) = read
+    assert 1000 <= rows.split.lengths[index].sum() < 1012
+    assert index[-1] > len(index)
+    assert not torch.equal(some, whole)
+    assert (some * whole).sum(dim=1).abs().min() > 0.95
+
+
 def test_always_the_same_and_nobody_elses_draws_are_disturbed(cache):
     rows = rows_of(cache)
     torch.manual_seed(7)
@@ -71,6 +89,11 @@ def test_no_more_than_there_are_dimensions_or_tokens(cache, tmp_path):
 
 def test_there_are_none_of_states_that_are_not_finite(tmp_path):
     rows = rows_of(write_cache(tmp_path / "c", fill=float("inf")))
+    assert principal_axes(rows, InputScale(HIDDEN), skip=0, count=5) is None
+
+
+def test_there_are_none_of_states_that_are_too_large(tmp_path):
+    rows = rows_of(write_cache(tmp_path / "c", times=1e37))
     assert principal_axes(rows, InputScale(HIDDEN), skip=0, count=5) is None
 
 

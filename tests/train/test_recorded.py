@@ -34,7 +34,9 @@ def never_waiting() -> Iterator[None]:
 
 def head_named(name: str, layers: int | None, *, dropout: float = 0.0) -> Head:
     torch.manual_seed(0)
-    spec = HeadSpec(name=name, hidden_size=D, depth=2, latent_size=16, num_heads=4, dropout=dropout, layers=layers)
+    spec = HeadSpec(
+        name=name, hidden_size=D, depth=2, latent_size=16, num_heads=4, dropout=dropout, layers=layers, skip=1
+    )
     head = build_head(spec)
     head.target_scale.set(2.0, 1.5)
     return head.cuda().train()

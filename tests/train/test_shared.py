@@ -13,6 +13,8 @@ from relish.cache.errors import RunError
 from relish.cache.jsonfile import sealed_text
 from relish.cache.reader import open_cache
 from relish.cache.writer import CacheWriter, SplitRows
+from relish.extract.pipeline import extract_cache
+from relish.extract.settings import ExtractSettings
 from relish.train.data import Rows, feature_moments, shared_tokens
 from relish.train.grid import train_heads
 from relish.train.heads import HeadSpec, build_head
@@ -62,12 +64,15 @@ def test_a_head_that_skips_is_one_that_was_never_given_those_tokens(name, layers
 
 @pytest.fixture
 def prompted(tmp_path):
-    """`prompted("c", noise=0)`: the rows of "plain" after the same three tokens, whose states are `noise`."""
+    """`prompted("c", noise=0)`: the rows of "plain" after the same three tokens, whose states are `noise`.
+
+    With `differs=1` that of the second token is not the same for all rows, as an encoder's.
+    """
     plain = open_cache(write_cache(tmp_path / "plain", sizes={"train": 60, "dev": 20}))
 
-    def make(name, *, noise):
+    def make(name, *, noise, differs=None, only=("train", "dev")):
         writer = CacheWriter(tmp_path / name, identity=plain.identity, label_range=(0.0, 5.0), task=None, made_by={})
-        for split in plain.splits:
+        for split in only:
             rows = plain.split(split)
             tokens = [
                 np.append(range(90, 90 + SHARED), rows.input_ids(row)).astype(np.int32) for row in range(len(rows))
@@ -78,6 +83,8 @@ def prompted(tmp_path):
                     for position, row in enumerate(out.members(shard)):
                         own = rows.read([row]).hidden
                         shared = torch.full((1, SHARED, own.shape[2]), noise, dtype=own.dtype)
+                        if differs is not None:
+                            shared[:, differs, 5] += row
                         file.write(position, torch.cat([shared, own], dim=1))
         return tmp_path / name
 
@@ -89,6 +96,30 @@ def test_what_all_rows_begin_with_is_found_in_all_shards_of_all_splits(prompted,
     assert opened.split("train").shared_tokens().tolist() == [90, 91, 92]
     assert shared_tokens(opened.split("train")) == shared_tokens(opened.split("train"), opened.split("dev")) == SHARED
     assert shared_tokens(opened.split("train"), plain.split("dev")) == 0
+
+
+@pytest.mark.parametrize("differs", range(SHARED))
+def test_tokens_whose_states_differ_are_read(prompted, differs):
+    opened = open_cache(prompted("c", noise=1, differs=differs))
+    assert len(opened.split("train").shared_tokens()) == SHARED
+    assert shared_tokens(opened.split("train"), opened.split("dev")) == differs
+
+
+def test_an_encoder_has_no_tokens_that_say_nothing(tiny_model, tiny_rows, tmp_path):
+    found = {}
+    for arch in ("bert", "llama"):
+        settings = ExtractSettings(
+            model=tiny_model(arch),
+            data={"train": tiny_rows(20)},
+            prompt="warm cold {text}",
+            label_range=(0.0, 5.0),
+            device="cpu",
+        )
+        extract_cache(tmp_path / arch, settings)
+        split = open_cache(tmp_path / arch).split("train")
+        assert len(split.shared_tokens()) >= 2
+        found[arch] = shared_tokens(split)
+    assert found == {"bert": 0, "llama": len(split.shared_tokens())}
 
 
 def test_training_and_prediction_do_not_depend_on_what_all_rows_begin_with(prompted, tmp_path):
@@ -110,6 +141,29 @@ def test_training_and_prediction_do_not_depend_on_what_all_rows_begin_with(promp
         torch.testing.assert_close(load_head(loud)(*here.read(everything)), expected, rtol=0, atol=0.02)
 
 
+def test_rows_held_out_for_validation_share_it(prompted, tmp_path):
+    """And a head that was trained so is not given what it never read."""
+    settings = TrainSettings(heads=("relish", "ridge-mean"), depths=(1,), val_split=None, **SMALL)
+    splits = {"quiet": 0, "loud": 1000}
+    for name, noise in splits.items():
+        cache = prompted(name, noise=noise, only=("train",))
+        train_heads(cache, tmp_path / f"{name}-runs", settings)
+    for run in ("relish-L1-seed0", "ridge-mean-L0-seed0"):
+        weights = [(tmp_path / f"{name}-runs" / run / "model.safetensors").read_bytes() for name in splits]
+        assert weights[0] == weights[1]
+        assert load_run(tmp_path / "loud-runs" / run).metrics["val_split"] == "train"
+
+
+def test_a_call_without_a_mask_or_with_too_much_is_refused():
+    head = build_head(
+        HeadSpec(name="linear", hidden_size=4, depth=0, latent_size=8, num_heads=2, dropout=0.0, skip=SHARED)
+    )
+    hidden, mask = torch.randn(2, 5, 4), torch.ones(2, 5, dtype=torch.bool)
+    for args, named in (((hidden,), {}), ((hidden, mask, mask), {}), ((hidden, mask), {"hidden": hidden})):
+        with pytest.raises(TypeError):
+            head(*args, **named)
+
+
 def test_moments_leave_it_out(prompted, tmp_path):
     split = open_cache(prompted("loud", noise=1000)).split("train")
     loud = feature_moments(Rows(split, np.arange(len(split))), None, skip=SHARED)
@@ -125,7 +179,7 @@ def test_a_folder_of_heads_that_read_everything_is_refused(cache, tmp_path):
     train_heads(cache, tmp_path / "runs", settings)
     path = tmp_path / "runs/relish-L1-seed0/config.json"
     config = json.loads(path.read_text())
-    del config["settings"]["skip"], config["sha256"]
+    del config["settings"]["skipped_tokens"], config["sha256"]
     path.write_text(sealed_text(config))
-    with pytest.raises(RunError, match="relish-L1-seed0 has skip None, this one 0"):
+    with pytest.raises(RunError, match="relish-L1-seed0 has skipped_tokens None, this one 0"):
         train_heads(cache, tmp_path / "runs", settings)

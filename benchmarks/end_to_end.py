@@ -14,8 +14,8 @@ process of its own and in turn:
   validation on a tenth of the rows are part of it.
 
 For R rows, N cells and E epochs the cache takes R (x + m + N E t), recomputing R N E (f + t). They meet at
-N = (x + m) / (E f). Left out on both sides: loading the LLM, saving cells, and the LLM on validation rows. Left out to
-the rival's favour: the pass that its statistics would take.
+N = (x + m) / (E f). Left out on both sides: loading the LLM, saving cells, the principal axes that a process of heads
+begins with, and the LLM on validation rows. Left out to the rival's favour: the pass that its statistics would take.
 """
 
 import statistics
@@ -55,21 +55,15 @@ def training(cache: Path, home: Path) -> Callable[[], float]:
 
 
 def reading(cache: Path) -> Callable[[], None]:
-    """What a training computes once: the tokens that rows share, the inputs' moments and axes; checksums included."""
+    """The rows of the sample that the inputs' moments are taken from, checksums included."""
     import numpy as np
 
     from relish.cache.reader import open_cache
     from relish.train.data import Rows, feature_moments, shared_tokens
-    from relish.train.principal import principal_axes
-    from relish.train.scale import InputScale
 
     def work() -> None:
         split = open_cache(cache).split("train")
-        rows, skip = Rows(split, np.arange(len(split))), shared_tokens(split)
-        moments = feature_moments(rows, None, skip=skip)
-        scale = InputScale(len(moments.mean))
-        scale.set(moments.mean, moments.std)
-        principal_axes(rows, scale, skip=skip, count=256)
+        feature_moments(Rows(split, np.arange(len(split))), None, skip=shared_tokens(split))
 
     work()
     return work

@@ -7,6 +7,7 @@
 Ours is `relish train CACHE --out RUNS --depths 1-5 --seeds 0-2`, one process from start to end. The rival is
 rival_cell.py once per cell, each a process with torch's own number of threads; its figures are compared with ours too.
 A seed draws the same initial weights and batches on both sides, so figures part only as far as rounding errors grow.
+Every cell of the rival finds the principal axes that they begin with, every process of ours: less than a second each.
 """
 
 import argparse

@@ -50,7 +50,7 @@ def overview(comparison: dict[str, Any]) -> str:
         shown = [row for row in rows if set(row[1:]) != {"–"}]
         parts.append(f"**{backbone}**\n\n{table(['Method', *(place['dataset'] for place in places)], shown)}\n")
     if len(comparison["datasets"]) > 1:
-        parts.append(f"Macro averages × 100:\n\n{_macro(comparison['macro'])}\n")
+        parts.append(f"Macro averages × 100, of what was run everywhere:\n\n{_macro(comparison['macro'])}\n")
     return "\n".join(parts)
 
 

@@ -141,6 +141,7 @@ def test_the_tables_at_a_glance(monkeypatch):
     assert "| greedy decoding, 0-shot | – / – / 50.0 |" in macro
     assert "| RELISH, L = 3 | **50.0** / **40.0** / **20.0** |" in macro
     assert "attention" not in macro
+    assert "run everywhere" in macro
 
 
 def test_a_step_is_noted_as_done_only_if_it_is_or_failed_as_foreseen(tmp_path, monkeypatch):

@@ -59,7 +59,8 @@ def reading(cache: Path) -> Callable[[], None]:
     import numpy as np
 
     from relish.cache.reader import open_cache
-    from relish.train.data import Rows, feature_moments, shared_tokens
+    from relish.train.data import Rows, feature_moments
+    from relish.train.shared import shared_tokens
 
     def work() -> None:
         split = open_cache(cache).split("train")

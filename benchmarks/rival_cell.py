@@ -24,19 +24,13 @@ from rival import PlainRelish, train_plainly
 from torch import Tensor
 
 from relish.cache.reader import open_cache
-from relish.train.data import (
-    feature_moments,
-    ordered_batches,
-    read_ahead,
-    shared_tokens,
-    shuffled_batches,
-    training_rows,
-)
+from relish.train.data import feature_moments, ordered_batches, read_ahead, shuffled_batches, training_rows
 from relish.train.metrics import score
 from relish.train.principal import begin_with, principal_axes
 from relish.train.recipe import own_recipe
 from relish.train.scale import InputScale
 from relish.train.settings import EPOCHS, TrainSettings
+from relish.train.shared import shared_tokens
 
 UNCOUNTED = 5  # first steps of a sample, in which memory is still being taken
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..cache.device import pick_device
 from ..cache.reader import FeatureCache, open_cache
 from ..cache.version import __version__
-from .data import Moments, Rows, feature_moments, ordered_batches, read_ahead, shared_tokens, training_rows
+from .data import Moments, Rows, feature_moments, ordered_batches, read_ahead, training_rows
 from .diverged import DivergedCell, diverged_path, save_diverged
 from .heads import Head, HeadSpec, build_head, count_parameters
 from .known import comparable
@@ -31,7 +31,7 @@ from .run import save_run
 from .saving import writing
 from .scale import InputScale
 from .settings import MIX, TrainSettings
-from .shared import own_tokens
+from .shared import own_tokens, shared_tokens
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from .shared import own_tokens
 
 _AHEAD = 3  # batches read ahead
 _SLOTS = 8192  # token slots of a batch that needs no gradient, over all layers
-_ROUNDING = 0.1  # share of a half-precision value by which batches of other shapes may change it
 _SAMPLE = 1 << 16  # tokens: their deviations are those of all to a per cent, and training starts at once
 
 
@@ -104,31 +103,6 @@ def training_rows(cache: FeatureCache, settings: TrainSettings) -> tuple[Rows, R
     return chosen
 
 
-def shared_tokens(*splits: Split) -> int:
-    """How many tokens all rows of all these splits begin with, and have the same hidden states of.
-
-    An encoder's states of the same tokens differ with what comes after them: there it is none.
-
-    Raises:
-        CacheError: if a shard cannot be read, or is damaged.
-    """
-    splits = tuple(dict.fromkeys(splits))
-    found = [split.shared_tokens() for split in splits]
-    shortest = min(map(len, found))
-    same = np.logical_and.reduce([tokens[:shortest] == found[0][:shortest] for tokens in found])
-    shared, first = int(np.argmin(np.append(same, False))), None
-    for split in splits if shared else ():
-        lengths = split.lengths
-        hidden = split.read(np.unique([0, len(split) - 1, int(lengths.argmin()), int(lengths.argmax())])).hidden.float()
-        begins = hidden[..., :shared, :]
-        first = begins[:1] if first is None else first[..., :shared, :]
-        # Each dimension by its own size: some are hundreds of times larger than others.
-        size = hidden.abs().amax(dim=(0, -2)).unsqueeze(-2)
-        same = ((begins - first).abs() <= _ROUNDING * size).all(dim=-1).flatten(0, -2).all(dim=0)
-        shared = int(np.argmin(np.append(same.numpy(), False)))
-    return shared
-
-
 def shuffled_batches(rows: Rows, batch_size: int, generator: np.random.Generator) -> list[np.ndarray]:
     """One epoch's batches: numbers within `rows`, each once, in random order."""
     order = generator.permutation(len(rows))
@@ -178,6 +152,13 @@ class Moments:
     std: Tensor
 
 
+def sample_rows(rows: Rows, *, tokens: int, skip: int) -> Rows:
+    """Some of the rows, always the same ones: as many as have so many tokens besides the first `skip` of each."""
+    order = np.random.default_rng(0).permutation(len(rows))
+    enough = int(np.searchsorted(np.cumsum(rows.lengths[order] - skip), tokens)) + 1
+    return Rows(rows.split, np.sort(rows.index[order[:enough]]))
+
+
 def feature_moments(rows: Rows, pooling: str | None, *, skip: int = 0) -> Moments:
     """Moments of what a head reads, estimated from a sample of the rows, always the same one.
 
@@ -186,9 +167,7 @@ def feature_moments(rows: Rows, pooling: str | None, *, skip: int = 0) -> Moment
         pooling: None for the moments of each real token, otherwise those of the pooled vector of each row.
         skip: tokens at the beginning of each row that it does not read.
     """
-    order = np.random.default_rng(0).permutation(len(rows))
-    enough = int(np.searchsorted(np.cumsum(rows.lengths[order] - skip), _SAMPLE)) + 1
-    sample = Rows(rows.split, np.sort(rows.index[order[:enough]]))
+    sample = sample_rows(rows, tokens=_SAMPLE, skip=skip)
     sums = [_Sums() for _ in sample.split.layers]
     stacked = sample.split.stacked
     for hidden, mask, _ in read_ahead(sample, sample.batches()):

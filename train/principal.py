@@ -6,11 +6,10 @@ more than to weigh what it is given (benchmarks/recipe-log.md, "What heads read"
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .data import Rows, read_ahead
+from .data import Rows, read_ahead, sample_rows
 from .scale import InputScale
 from .shared import own_tokens
 
@@ -30,9 +29,7 @@ def principal_axes(rows: Rows, scale: InputScale, *, skip: int, count: int) -> T
         (q, D) float32, orthonormal; q is `count`, or D or the number of tokens where that is smaller. None if hidden
         states are not finite, or too large.
     """
-    order = np.random.default_rng(0).permutation(len(rows))
-    enough = int(np.searchsorted(np.cumsum(rows.lengths[order] - skip), _SAMPLE)) + 1
-    sample = Rows(rows.split, np.sort(rows.index[order[:enough]]))
+    sample = sample_rows(rows, tokens=_SAMPLE, skip=skip)
     found = []
     for hidden, mask, _ in read_ahead(sample, sample.batches()):
         own = own_tokens(mask, skip)

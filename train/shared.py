@@ -3,7 +3,37 @@
 Attention and means would be made of it by half where texts are short.
 """
 
+import numpy as np
 from torch import Tensor, nn
+
+from ..cache.reader import Split
+
+_ROUNDING = 0.1  # share of a half-precision value by which batches of other shapes may change it
+
+
+def shared_tokens(*splits: Split) -> int:
+    """How many tokens all rows of all these splits begin with, and have the same hidden states of.
+
+    An encoder's states of the same tokens differ with what comes after them: there it is none.
+
+    Raises:
+        CacheError: if a shard cannot be read, or is damaged.
+    """
+    splits = tuple(dict.fromkeys(splits))
+    found = [split.shared_tokens() for split in splits]
+    shortest = min(map(len, found))
+    same = np.logical_and.reduce([tokens[:shortest] == found[0][:shortest] for tokens in found])
+    shared, first = _leading(same), None
+    for split in splits if shared else ():
+        lengths = split.lengths
+        hidden = split.read(np.unique([0, len(split) - 1, int(lengths.argmin()), int(lengths.argmax())])).hidden.float()
+        begins = hidden[..., :shared, :]
+        first = begins[:1] if first is None else first[..., :shared, :]
+        # Each dimension by its own size: some are hundreds of times larger than others.
+        size = hidden.abs().amax(dim=(0, -2)).unsqueeze(-2)
+        same = ((begins - first).abs() <= _ROUNDING * size).all(dim=-1).flatten(0, -2).all(dim=0)
+        shared = _leading(same.numpy())
+    return shared
 
 
 def own_tokens(mask: Tensor, skip: int) -> Tensor:
@@ -31,3 +61,8 @@ def without_shared(
         return hidden, own_tokens(mask.bool(), skip)
 
     return read(*args, **named), {}
+
+
+def _leading(same: np.ndarray) -> int:
+    """How many come before the first that is False."""
+    return int(np.argmin(np.append(same, False)))

@@ -15,12 +15,12 @@ from relish.cache.reader import open_cache
 from relish.cache.writer import CacheWriter, SplitRows
 from relish.extract.pipeline import extract_cache
 from relish.extract.settings import ExtractSettings
-from relish.train.data import Rows, feature_moments, shared_tokens
+from relish.train.data import Rows, feature_moments
 from relish.train.grid import train_heads
 from relish.train.heads import HeadSpec, build_head
 from relish.train.run import load_head, load_run
 from relish.train.settings import HEADS, TrainSettings
-from relish.train.shared import own_tokens
+from relish.train.shared import own_tokens, shared_tokens
 
 from .conftest import write_cache
 

@@ -129,7 +129,7 @@ def main() -> None:
     counts = dict(zip(("train", "val", "test"), map(int, given.rows.split(",")), strict=True))
     plan = Plan(
         counts,
-        search=("--batch-size", "32", *(("--rows", "1000") if counts["train"] > 1000 else ())),
+        search=("--rows", "1000") if counts["train"] > 1000 else (),
         compute=("--compute-dtype", given.compute_dtype),
     )
     tasks = [task for task in given.tasks.split(",") if task]

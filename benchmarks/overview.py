@@ -7,7 +7,7 @@ from measure import table
 
 METRICS = {"pearson": "†", "spearman": "§", "nrmse": "¶"}
 """Those shown, and the mark of a method that is significantly better than RELISH."""
-NAMES = {
+_READ = {
     "greedy-0shot": "greedy decoding, 0-shot",
     "greedy-128shot": "greedy decoding, many-shot",
     "rail-samples-0shot": "RAIL from 16 samples, 0-shot",
@@ -22,23 +22,24 @@ NAMES = {
     "mlp-last": "MLP, last token",
     "attention": "attention pooling",
     **{f"relish, L = {depth}": f"RELISH, L = {depth}" for depth in range(1, 6)},
-    "rail-sum-0shot on raft": "RAFT, Σ p(y) y",
-    "tuned-head on lora": "LoRA and its linear head",
-    "linear-last on lora": "LoRA, then linear, last token",
-    "mlp-last on lora": "LoRA, then MLP, last token",
-    "attention on lora": "LoRA, then attention pooling",
-    **{f"relish, L = {depth} on raft": f"RAFT, then RELISH, L = {depth}" for depth in (1, 3, 5)},
-    **{f"relish, L = {depth} on lora": f"LoRA, then RELISH, L = {depth}" for depth in (1, 3, 5)},
 }
-"""Methods as `relish compare` calls them, and as people do; others are in comparison.md."""
-CHOSEN = {
+NAMES = {
+    **_READ,
     "RELISH, chosen": "RELISH, its depth by validation",
+    "rail-sum-0shot on raft": "RAFT, Σ p(y) y",
+    **{f"{method} on raft": f"RAFT, then {name}" for method, name in _READ.items()},
+    "tuned-head on lora": "LoRA and its linear head",
+    **{f"{method} on lora": f"LoRA, then {name}" for method, name in _READ.items()},
     "RELISH hybrid, chosen": "RELISH on tuned states, which by validation",
 }
+"""Methods as `relish compare` calls them, and as people do, in the order of the tables."""
+LEFT_OUT = ("rail-median", "rail-samples-median", "rail-sum")
+"""How names of methods begin that are in comparison.md alone: those for the absolute error, and those that are
+stepping stones. Any other that has no name here is shown as it is called."""
 
 
 def overview(comparison: dict[str, Any]) -> str:
-    """Markdown from comparison.json: Pearson / Spearman / NRMSE on the test rows, the best of a column in bold.
+    """Markdown from comparison.json: Pearson / Spearman / NRMSE on the test rows, the best of all methods in bold.
 
     A table for each LLM, and one of the averages over all data sets.
     """
@@ -46,37 +47,43 @@ def overview(comparison: dict[str, Any]) -> str:
     for backbone in comparison["backbones"]:
         places = [place for place in comparison["places"] if place["backbone"] == backbone]
         columns = [_column(place, comparison) for place in places]
-        rows = [[name, *(column.get(method, "–") for column in columns)] for method, name in NAMES.items()]
-        shown = [row for row in rows if set(row[1:]) != {"–"}]
-        parts.append(f"**{backbone}**\n\n{table(['Method', *(place['dataset'] for place in places)], shown)}\n")
+        heads = ["Method", *(place["dataset"] for place in places)]
+        parts.append(f"**{backbone}**\n\n{table(heads, _rows(columns))}\n")
     if len(comparison["datasets"]) > 1:
         parts.append(f"Macro averages × 100, of what was run everywhere:\n\n{_macro(comparison['macro'])}\n")
     return "\n".join(parts)
 
 
+def _rows(columns: Sequence[dict[str, str]]) -> list[list[str]]:
+    """A line for each method of any column."""
+    held = dict.fromkeys(method for column in columns for method in column)
+    named = [method for method in NAMES if method in held]
+    others = [method for method in held if method not in NAMES and not method.startswith(LEFT_OUT)]
+    return [
+        [NAMES.get(method, method), *(column.get(method, "–") for column in columns)] for method in [*named, *others]
+    ]
+
+
 def _macro(averages: Sequence[dict[str, Any]]) -> str:
     """A column for each LLM, and one for all; a method that was not run everywhere has none."""
-    names = {**NAMES, **CHOSEN}
     ordered = sorted(averages, key=lambda average: average["backbone"] is None)
     columns = []
     for average in ordered:
-        shown = {method["method"]: method for method in average["methods"] if method["method"] in names}
-        texts = {name: {metric: _text(method[metric], 100) for metric in METRICS} for name, method in shown.items()}
-        best = {metric: _text(_best([method[metric] for method in shown.values()], metric), 100) for metric in METRICS}
+        methods = average["methods"]
+        best = {metric: _text(_best([method[metric] for method in methods], metric), 100) for metric in METRICS}
+        texts = {method["method"]: {metric: _text(method[metric], 100) for metric in METRICS} for method in methods}
         columns.append({name: _joined(figures, best) for name, figures in texts.items()})
-    rows = [[text, *(column.get(name, "–") for column in columns)] for name, text in names.items()]
-    heads = [average["backbone"] or "all" for average in ordered]
-    return table(["Method", *heads], [row for row in rows if set(row[1:]) != {"–"}])
+    return table(["Method", *(average["backbone"] or "all" for average in ordered)], _rows(columns))
 
 
 def _column(place: dict[str, Any], comparison: dict[str, Any]) -> dict[str, str]:
     """A cell for each method of a place."""
     here = {"dataset": place["dataset"], "backbone": place["backbone"]}
     chosen = [one["method"] for one in _of(comparison["chosen"], **here, family="relish")]
-    shown = [method for method in place["methods"] if method["method"] in NAMES]
-    best = {metric: _text(_best([method[metric]["mean"] for method in shown], metric)) for metric in METRICS}
+    methods = place["methods"]
+    best = {metric: _text(_best([method[metric]["mean"] for method in methods], metric)) for metric in METRICS}
     cells = {}
-    for method in shown:
+    for method in methods:
         duels = _of(comparison["tests"], **here, contender="RELISH, chosen", opponent_method=method["method"])
         outcomes = {duel["metric"]: duel["outcome"] for duel in duels}
         texts = {metric: _text(method[metric]["mean"]) for metric in METRICS}

@@ -105,7 +105,7 @@ def test_comparison(tmp_path):
 
 
 def test_the_tables_at_a_glance(monkeypatch):
-    """Bold, marks, a method without correlation, and one that was not run everywhere."""
+    """Bold, marks, a method without correlation, one that was not run everywhere, and one of no known name."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from overview import overview
 
@@ -117,13 +117,18 @@ def test_the_tables_at_a_glance(monkeypatch):
 
     relish, attention = ("relish, L = 3", 0.5, 0.4, 0.2), ("attention", 0.6, 0.4, 0.25)
     greedy = ("greedy-0shot", None, None, 0.5)
+    tuned, own, median = (
+        ("ridge on lora", 0.1, 0.1, 0.3),
+        ("my-head on lora", 0.1, 0.1, 0.3),
+        ("rail-median-0shot", 0, 0, 0.3),
+    )
     here = {"dataset": "a", "backbone": "llm"}
     duel = {**here, "contender": "RELISH, chosen", "opponent_method": "attention"}
     comparison = {
         "datasets": ["a", "b"],
         "backbones": ["llm"],
         "places": [
-            {**here, "methods": [method(*relish), method(*attention), method(*greedy)]},
+            {**here, "methods": [method(*one) for one in (relish, attention, greedy, tuned, own, median)]},
             {"dataset": "b", "backbone": "llm", "methods": [method(*relish), method(*greedy)]},
         ],
         "chosen": [{**here, "family": "relish", "method": "relish, L = 3"}],
@@ -135,6 +140,9 @@ def test_the_tables_at_a_glance(monkeypatch):
         ],
     }
     by_llm, macro = overview(comparison).split("Macro averages")
+    assert "| LoRA, then ridge, last token | 0.100 / 0.100 / 0.300 | – |" in by_llm
+    assert "| my-head on lora | 0.100 / 0.100 / 0.300 | – |" in by_llm
+    assert "median" not in by_llm
     assert "| greedy decoding, 0-shot | – / – / 0.500 | – / – / 0.500 |" in by_llm
     assert r"| attention pooling | **0.600**† / **0.400** / 0.250\* | – |" in by_llm
     assert "| RELISH, L = 3 | 0.500 / **0.400** / **0.200** ‡ | **0.500** / **0.400** / **0.200** |" in by_llm

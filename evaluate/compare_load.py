@@ -34,8 +34,8 @@ def load_places(sources: Sequence[Source]) -> list[Place]:
     says so: the layer is chosen for each method by itself, as its learning rate would be.
 
     Raises:
-        RunError: if there is none, one cannot be read, two of one data set score different rows or labels, or two hold
-            the same method.
+        RunError: if there is none, one cannot be read, two of one data set score different rows or labels, or are of
+            two adapters of one name, or two hold the same method.
     """
     if not sources:
         raise RunError("there is no report to compare; make some with: relish evaluate RUNS --out REPORT")
@@ -84,7 +84,18 @@ def _refuse_other_rows(first: Place, other: Place) -> None:
             )
 
 
+def _refuse_other_adapter(place: Place, report: Place) -> None:
+    for name, have in place.adapters.items():
+        other = report.adapters.get(name, have)
+        if other != have:
+            raise RunError(
+                f"{report.source} and {place.source} are of two adapters, both called {name} ({other[:12]}… and "
+                f"{have[:12]}…); tell them apart by a third name: ,,NAME={report.source}"
+            )
+
+
 def _join(place: Place, report: Place) -> Place:
+    _refuse_other_adapter(place, report)
     entries = {entry.method.label: entry for entry in place.entries}
     for entry in report.entries:
         have = entries.get(entry.method.label)
@@ -109,6 +120,7 @@ def _join(place: Place, report: Place) -> Place:
         entries=list(entries.values()),
         notes=[*place.notes, *report.notes, *([told] if different else [])],
         learned_from={**report.learned_from, **place.learned_from},
+        adapters={**report.adapters, **place.adapters},
         backbone_parameters=place.backbone_parameters or report.backbone_parameters,
     )
 

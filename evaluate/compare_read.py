@@ -79,6 +79,8 @@ class Place:
     """The first report of the place, for messages."""
     learned_from: dict[str, Any]
     """What reports say of the rows that heads were trained on and chosen by."""
+    adapters: dict[str, str]
+    """What methods on tuned states are told apart by ("lora", "lora (seed 1)"), to the hash of the adapter."""
 
 
 def load_report(source: Source) -> Place:
@@ -144,6 +146,7 @@ def load_report(source: Source) -> Place:
             notes=notes,
             source=path,
             learned_from={name: meta[name] for name in LEARNED_FROM if name in meta},
+            adapters={_named(adapter, source.variant): str(meta["adapter"])} if adapter else {},
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise _damaged(path, repr(error)) from None
@@ -154,6 +157,10 @@ def adapter_name(meta: dict[str, Any]) -> str:
     if not meta.get("adapter"):
         return ""
     return str(meta.get("adapter method") or "tuned")
+
+
+def _named(adapter: str, variant: str) -> str:
+    return f"{adapter} ({variant})" if variant else adapter
 
 
 def tuning_costs(meta: dict[str, Any]) -> dict[str, int | float | None]:

@@ -158,6 +158,21 @@ def test_layers_are_not_chosen_by_the_validation_figures_of_different_rows(tmp_p
     assert place.entries[0].layer == "30"
 
 
+def test_two_adapters_are_not_taken_for_layers_of_one(tmp_path):
+    for layer, adapter, name in (("15", "aaa", "15"), ("22", "bbb", "22"), ("30", "aaa", "30")):
+        meta = {"layer": layer, "adapter": adapter, "adapter method": "lora"}
+        write_report(tmp_path / name, grid(relish1=float(layer) / 20), meta=meta)
+    sources = [Source(tmp_path / name) for name in ("15", "22", "30")]
+    told = r"22 and \S+15 are of two adapters, both called lora \(bbb… and aaa…\); tell them apart .*: ,,NAME=\S+22$"
+    with pytest.raises(RunError, match=told):
+        load_places(sources[:2])
+    (place,) = load_places([sources[0], sources[2], Source(tmp_path / "22", variant="seed 1")])
+    assert [entry.method.label for entry in place.entries] == [
+        "relish, L = 1 on lora",
+        "relish, L = 1 on lora (seed 1)",
+    ]
+
+
 def test_methods_that_learned_from_different_rows_are_named(tmp_path):
     write_report(tmp_path / "a", grid(relish1=0.5), meta={"training rows": 5000, "training data": "1a"})
     write_report(tmp_path / "b", grid(ridge=0.7), meta={"training rows": 2000, "training data": "1a"})

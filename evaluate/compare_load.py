@@ -54,7 +54,11 @@ def load_places(sources: Sequence[Source]) -> list[Place]:
 
 def _finished(place: Place) -> Place:
     entries = sorted(place.entries, key=lambda entry: entry.method.order)
-    chosen = [f"{e.method.label}: {e.layer} (not {', '.join(e.rejected)})" for e in entries if e.rejected]
+    chosen = [
+        f"{e.method.label}: {e.layer} (not {', '.join(other.layer for other in e.rejected)})"
+        for e in entries
+        if e.rejected
+    ]
     notes = [f"layers chosen by validation NRMSE: {'; '.join(chosen)}"] if chosen else []
     return replace(place, entries=entries, notes=[*dict.fromkeys(place.notes), *notes])
 
@@ -137,7 +141,7 @@ def _better(first: Entry, second: Entry) -> Entry | None:
     mine, theirs = (entry.extras.get("val_nrmse") for entry in (first, second))
     if mine is None or theirs is None or "" in (first.layer, second.layer):
         return None
-    if second.layer in (first.layer, *first.rejected) or _validated_elsewhere(first, second):
+    if second.layer in (first.layer, *(other.layer for other in first.rejected)) or _validated_elsewhere(first, second):
         return None
     best, other = (first, second) if mine <= theirs else (second, first)
-    return replace(best, rejected=(*first.rejected, *second.rejected, other.layer))
+    return replace(best, rejected=(*first.rejected, *second.rejected, replace(other, rejected=())))

@@ -53,8 +53,8 @@ class Entry:
     """Which of the backbone's layers it reads, as the report says it."""
     validated_on: str = ""
     """Which rows its validation figures are of, as the report says it."""
-    rejected: tuple[str, ...] = ()
-    """Layers of other reports at which its validation figures are worse."""
+    rejected: tuple["Entry", ...] = ()
+    """The same method at layers of other reports, where its validation figures are worse."""
 
 
 @dataclass(frozen=True, eq=False)

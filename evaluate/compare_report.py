@@ -71,7 +71,7 @@ def save_comparison(comparison: Comparison, folder: Path, *, paper: bool = False
 
 
 def plot_depths(comparison: Comparison, path: Path) -> bool:
-    """Draw Pearson, Spearman and NRMSE against RELISH's depth on the frozen LLM.
+    """Draw Pearson, Spearman and NRMSE against RELISH's depth on the frozen LLM, at one layer in each place.
 
     A row of axes for each LLM, a line for each data set, bars of one standard deviation over the seeds.
 
@@ -106,8 +106,15 @@ def plot_depths(comparison: Comparison, path: Path) -> bool:
 
 
 def _depths(place: Place) -> list[Entry]:
-    """The plain RELISH head on the frozen LLM, no variant of it, by depth."""
-    return [e for e in place.entries if (e.method.head, e.method.adapter, e.method.variant) == ("relish", "", "")]
+    """The plain RELISH head on the frozen LLM, no variant of it, by depth; all at one layer, that of the most depths.
+
+    Each at the layer that validation chose for it would show the layers' differences as the depths'.
+    """
+    plain = [e for e in place.entries if (e.method.head, e.method.adapter, e.method.variant) == ("relish", "", "")]
+    by_layer: dict[str, list[Entry]] = {}
+    for entry in [every for chosen in plain for every in (chosen, *chosen.rejected)]:
+        by_layer.setdefault(entry.layer, []).append(entry)
+    return max(by_layer.values(), key=len, default=[])
 
 
 def _draw(axes: Any, place: Place, metric: str, number: int) -> None:

@@ -317,6 +317,21 @@ def test_depth_has_a_line_for_each_data_set(comparison, tmp_path, monkeypatch):
             assert lines[place.dataset].get_ydata().tolist() == means
 
 
+def test_depths_are_drawn_at_one_layer(tmp_path, monkeypatch):
+    from relish.evaluate import compare_report
+
+    write_report(tmp_path / "15", grid(relish1=0.9, relish2=0.1), meta={"layer": "15"})
+    write_report(tmp_path / "mix", grid(relish1=0.8, relish2=0.7, relish3=0.6), meta={"layer": "mix"})
+    comparison = compare_reports([parse_source(str(tmp_path / layer)) for layer in ("15", "mix")], resamples=100)
+    assert [entry.layer for entry in comparison.places[0].entries] == ["mix", "15", "mix"]
+    drawn = []
+    monkeypatch.setattr(compare_report, "save_figure", lambda figure, path: drawn.append(figure))
+    assert plot_depths(comparison, tmp_path / "depth.png") is True
+    shown = drawn[0].axes[2].containers[0].lines[0].get_ydata()
+    (mixed,) = compare_reports([parse_source(str(tmp_path / "mix"))], resamples=100).places
+    assert shown.tolist() == [entry.metrics["nrmse"]["mean"] for entry in mixed.entries]
+
+
 def test_one_depth_is_no_plot_and_an_old_one_does_not_stay(comparison, tmp_path):
     save_comparison(comparison, tmp_path / "c")
     assert (tmp_path / "c/depth.png").exists()

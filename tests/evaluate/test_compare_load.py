@@ -121,7 +121,7 @@ def test_of_several_layers_each_method_has_its_own_best_by_validation(tmp_path):
         extras = {name: {"val_nrmse": value} for name, value in given.items()}
         write_report(tmp_path / layer, errors, meta={"layer": layer}, extras=extras)
     (place,) = load_places([Source(tmp_path / layer) for layer in figures])
-    chosen = {entry.method.label: (entry.layer, entry.rejected) for entry in place.entries}
+    chosen = {entry.method.label: (entry.layer, tuple(e.layer for e in entry.rejected)) for entry in place.entries}
     assert chosen == {"relish, L = 1": ("20", ("15", "mix")), "mlp": ("15", ("20", "mix")), "rail": ("15", ())}
     assert place.notes == ["layers chosen by validation NRMSE: mlp: 15 (not 20, mix); relish, L = 1: 20 (not 15, mix)"]
 

@@ -52,6 +52,8 @@ class Duel:
     """Ours less theirs."""
     p_holm: float = math.nan
     """p of the permutation test, corrected over the data sets of this LLM (Holm)."""
+    p_bootstrap_holm: float = math.nan
+    """p of the bootstrap, corrected in the same way."""
 
     @property
     def outcome(self) -> str:
@@ -185,14 +187,16 @@ def _against(name: str, rivals: Sequence[Entry], duels: Sequence[Duel]) -> list[
 
 
 def correct(duels: Sequence[Duel]) -> list[Duel]:
-    """The same with p_holm: for two methods and a metric, the tests on all data sets of one LLM are a family."""
+    """The same with p corrected: for two methods and a metric, the tests on all data sets of one LLM are a family."""
     families: dict[tuple[str, str, str, str], list[int]] = {}
     for number, duel in enumerate(duels):
         families.setdefault((duel.backbone, duel.contender, duel.opponent, duel.metric), []).append(number)
     corrected = list(duels)
     for numbers in families.values():
-        for number, p in zip(numbers, holm([duels[number].difference.p for number in numbers]), strict=True):
-            corrected[number] = replace(duels[number], p_holm=p)
+        family = [duels[number].difference for number in numbers]
+        permuted, drawn = holm([one.p for one in family]), holm([one.p_bootstrap for one in family])
+        for number, p, p_bootstrap in zip(numbers, permuted, drawn, strict=True):
+            corrected[number] = replace(duels[number], p_holm=p, p_bootstrap_holm=p_bootstrap)
     return corrected
 
 

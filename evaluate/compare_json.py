@@ -95,6 +95,7 @@ def _duel(duel: Duel) -> dict[str, Any]:
         "difference": duel.difference.value,
         "ci95": duel.difference.ci95,
         "p_bootstrap": duel.difference.p_bootstrap,
+        "p_bootstrap_holm": duel.p_bootstrap_holm,
         "p": duel.difference.p,
         "p_holm": duel.p_holm,
         "outcome": duel.outcome or None,

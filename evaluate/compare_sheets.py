@@ -54,6 +54,8 @@ def sheets(comparison: Comparison, *, paper: bool = False) -> list[Sheet]:
         found.append(_counts(comparison))
     for backbone in comparison.backbones:
         found += [_glance(comparison, backbone, metric) for metric in PAPER_METRICS]
+        if _has_medians(comparison, backbone):
+            found.append(_glance(comparison, backbone, "mae"))
     return found + [_costs(comparison, backbone) for backbone in comparison.backbones]
 
 
@@ -92,7 +94,10 @@ def _rivals(comparison: Comparison) -> Sheet:
                 Figure(format_number(duel.ours), soft=duel.method, bold=duel.outcome == "win"),
                 Figure(format_number(duel.theirs), soft=duel.other, bold=duel.outcome == "loss"),
                 Figure(_signed(duel.difference.value), soft=interval),
-                Figure(_p(duel.p_holm), soft=f"{_p(duel.difference.p)} before correction"),
+                Figure(
+                    _p(duel.p_holm),
+                    soft=f"{_p(duel.difference.p)} before correction; bootstrap {_p(duel.p_bootstrap_holm)}",
+                ),
                 Figure(duel.outcome or _NONE),
             ]
         )
@@ -100,7 +105,7 @@ def _rivals(comparison: Comparison) -> Sheet:
         "RELISH is chosen by validation NRMSE, the best rival for each metric by validation (Pearson for Pearson and "
         "Spearman, NRMSE for NRMSE). Difference of the means over seeds [95 % paired bootstrap interval over rows]; p "
         f"of the paired permutation test, {comparison.resamples:,} draws each, corrected over the data sets of the LLM "
-        f"(Holm). A win or a loss has p ≤ {ALPHA:g}."
+        f"(Holm), and beside it of the bootstrap, likewise corrected. A win or a loss has p ≤ {ALPHA:g} by the first."
     )
     columns = ("Data set", "Metric", "RELISH", "Best rival", "Difference", "p", "Outcome")
     return Sheet("RELISH against the best rival", columns, list(groups.items()), caption, texts=2)
@@ -122,6 +127,12 @@ def _counts(comparison: Comparison) -> Sheet:
     )
     columns = ("Opponent", *(METRIC_NAMES[metric] for metric in PAPER_METRICS))
     return Sheet("Wins/ties/losses of RELISH", columns, list(groups.items()), caption)
+
+
+def _has_medians(comparison: Comparison, backbone: str) -> bool:
+    """Whether answers are there that are meant for the absolute error."""
+    own = [place for place in comparison.places if place.backbone == backbone]
+    return any("-median-" in entry.method.head for place in own for entry in place.entries)
 
 
 def _glance(comparison: Comparison, backbone: str, metric: str) -> Sheet:
@@ -150,9 +161,13 @@ def _glance(comparison: Comparison, backbone: str, metric: str) -> Sheet:
         lines[FAMILIES[next(iter(entries.values())).method.family]].append(line)
     caption = (
         "Mean over seeds, ± standard deviation over seeds where there is room; the best of a column in bold. "
-        f"{CHOSEN} RELISH as chosen by validation; {WORSE} significantly worse than it on the frozen LLM, {BETTER} "
-        "significantly better (permutation test, Holm)."
+        f"{CHOSEN} RELISH as chosen by validation"
     )
+    if metric in PAPER_METRICS:
+        caption += f"; {WORSE} significantly worse than it on the frozen LLM, {BETTER} significantly better "
+        caption += "(permutation test, Holm)."
+    else:
+        caption += ". In the unit of the labels, for which the medians are meant; not tested."
     title = f"{heading(metric)}, {backbone}"
     return Sheet(
         title, ("Method", *(place.dataset for place, _ in columns)), [g for g in lines.items() if g[1]], caption

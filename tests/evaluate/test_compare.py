@@ -121,7 +121,7 @@ def test_a_choice_by_test_figures_is_said(tmp_path):
 
 
 def duel(p, value, metric="pearson", *, dataset="a", backbone="m", opponent="ridge"):
-    difference = Difference(value, (math.nan, math.nan), math.nan, p)
+    difference = Difference(value, (math.nan, math.nan), p / 2, p)
     return Duel(dataset, backbone, RELISH, "relish, L = 1", opponent, "ridge", "", metric, 0.5, 0.4, difference)
 
 
@@ -137,6 +137,8 @@ def test_holm_goes_over_the_data_sets_of_one_llm_metric_and_opponent():
     corrected = [one.p_holm for one in correct(duels)]
     assert corrected[:6] == pytest.approx([0.03, 0.04, 0.04, 0.04, 0.04, 0.03])
     assert math.isnan(corrected[6])
+    drawn = [one.p_bootstrap_holm for one in correct(duels)]
+    assert drawn == pytest.approx([p / 2 for p in corrected], nan_ok=True)
 
 
 def test_wins_ties_and_losses_by_hand():

@@ -156,6 +156,17 @@ def test_methods_by_data_sets(comparison):
     assert [label for label, line in lines.items() if line[2].bold] == ["ridge"]
 
 
+def test_medians_are_told_by_the_error_they_are_meant_for(comparison, tmp_path):
+    assert not any(sheet.title.startswith("MAE") for sheet in sheets(comparison))
+    write_report(tmp_path / "r", grid(relish1=0.5, rail_median_=0.6))
+    found = compare_reports([parse_source(str(tmp_path / "r"))], resamples=100)
+    (sheet,) = [sheet for sheet in sheets(found) if sheet.title == "MAE ↓, tiny"]
+    lines = {line[0].text: line[1] for _, lines in sheet.groups for line in lines}
+    for entry in found.places[0].entries:
+        assert lines[entry.method.label].text.startswith(f"{entry.metrics['mae']['mean']:.3f}")
+    assert sheet.caption.endswith("not tested.")
+
+
 def test_families_are_headings(comparison):
     (sheet,) = [sheet for sheet in sheets(comparison) if sheet.title == "NRMSE ↓, tiny"]
     assert [name for name, _ in sheet.groups] == [
@@ -194,7 +205,10 @@ def test_the_best_rival_and_the_counts(comparison):
     assert lines[0][4].text.startswith("+0.")
     assert lines[2][4].text.startswith("−0.")
     assert re.fullmatch(r"\[0\.\d{3}, 0\.\d{3}\]", lines[0][4].soft)
-    assert (lines[0][5].text, lines[0][5].soft) == ("0.010", "0.005 before correction")
+    assert (lines[0][5].text, lines[0][5].soft) == (
+        "0.010",
+        "0.005 before correction; bootstrap 0.020",
+    )
     counts = table(comparison, "Wins/ties/losses of RELISH")
     assert [figure.text for figure in counts["best rival"][1:]] == ["1/0/1"] * 3
     assert [figure.text for figure in counts["mlp"][1:]] == ["1/0/0"] * 3

@@ -20,6 +20,7 @@ import io
 import json
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -163,7 +164,10 @@ def main() -> None:
             for part, target in targets.items():
                 if part == "tuned":
                     source = sourced(model, SEARCHED, drawn(SEARCHED), plan)
-                    search = Search(work / "search" / backbone, backbone, source, plan.rates, plan.search, noted)
+                    more = (*plan.tune, *plan.search)
+                    told = shlex.join([*plan.compute, *more])
+                    told = f"{plan.rows['train']} training and {plan.rows['val']} validation rows {told}"
+                    search = Search(work / "search" / backbone, backbone, source, plan.rates, more, noted, told)
                     searches += [step for step in search.steps() if step not in searches]
                     parts[target] = tuned_steps(cell, plan, search)
                 else:

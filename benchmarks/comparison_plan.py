@@ -2,7 +2,6 @@
 
 import json
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +32,7 @@ class Plan:
     """Learning rates that each method of tuning has to choose from, once for each LLM, by the validation rows of one
     data set. Heads had three each, too; relish more besides (recipe-log.md)."""
     search: tuple[str, ...] = ()
-    """More options of `relish tune` in that choice."""
+    """More options of `relish tune` in that choice, besides those of every tuning."""
     tune: tuple[str, ...] = ()
     """More options of `relish tune`."""
     train: tuple[str, ...] = ()
@@ -54,9 +53,9 @@ class Cell:
     asked: list[str]
     """The same without the validation rows: nobody wants to know what the LLM answers to those."""
 
-    def step(self, name: str, words: list[str], *needs: str, late: Callable[[], list[str]] = list) -> Step:
+    def step(self, name: str, words: list[str], *needs: str) -> Step:
         """A command of this cell, after others of it."""
-        return Step(f"{self.tag}-{name}", words, tuple(f"{self.tag}-{other}" for other in needs), late)
+        return Step(f"{self.tag}-{name}", words, tuple(f"{self.tag}-{other}" for other in needs))
 
     def extract(self, cache: str, *words: str, needs: tuple[str, ...] = ()) -> Step:
         """The LLM's passes over the texts."""
@@ -134,7 +133,10 @@ class Search:
     rates: tuple[str, ...]
     more: tuple[str, ...]
     noted: Path
-    """Validation NRMSE by method and rate, once they are known; null where the loss was no longer finite."""
+    """What was searched on, and validation NRMSE by method and rate, once they are known; null where the loss was no
+    longer finite. Figures of another search do not count."""
+    told: str
+    """On what it is searched."""
 
     def steps(self) -> list[Step]:
         """What has to be run, if anything: rates that are not noted yet."""
@@ -157,14 +159,17 @@ class Search:
             found = {name: {**self._figures(name), **noted.get(name, {})} for name in METHODS}
             if found != noted:
                 self.noted.parent.mkdir(parents=True, exist_ok=True)
-                write_whole(self.noted, json.dumps(found, indent=2) + "\n")
+                write_whole(self.noted, json.dumps({"search": self.told, **found}, indent=2) + "\n")
         known = {rate: nrmse for rate, nrmse in found[method].items() if nrmse is not None}
         if not known:
             raise SystemExit(f"no rate of {method} gave an adapter; see the logs of the search")
         return ["--lr", min(known, key=known.__getitem__)]
 
     def _read(self) -> dict[str, dict[str, float | None]]:
-        return json.loads(self.noted.read_text(encoding="utf-8")) if self.noted.exists() else {}
+        if not self.noted.exists():
+            return {}
+        noted = json.loads(self.noted.read_text(encoding="utf-8"))
+        return noted if noted.pop("search", None) == self.told else {}
 
     def _folder(self, method: str, rate: str) -> Path:
         return self.home / f"{method}-{rate}"

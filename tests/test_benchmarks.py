@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,7 +90,9 @@ def test_comparison(tmp_path):
     answering = {"rail-sum-0shot on raft", "relish, L = 1 on raft"}
     assert families | tuned | answering <= methods
     assert "Macro average" in shown
-    for method, by_rate in json.loads((kept / "rates-tiny.json").read_text()).items():
+    rates = json.loads((kept / "rates-tiny.json").read_text())
+    assert rates.pop("search") == "24 training and 8 validation rows --epochs 1"
+    for method, by_rate in rates.items():
         best = min(by_rate, key=by_rate.get)
         assert (work / "done" / f"stsb-tiny-tune-{method}").read_text().splitlines()[0].endswith(f"--lr {best}")
     assert {"frozen-2-report", "loss-report"} <= {path.name for path in (work / "unpacked" / "stsb-tiny").iterdir()}
@@ -171,8 +174,8 @@ def test_rates_that_are_noted_are_not_searched_again(tmp_path, monkeypatch):
     from comparison_plan import METHODS, Search
 
     noted = tmp_path / "rates.json"
-    noted.write_text(json.dumps({method: {"1e-4": 0.3, "1e-3": None} for method in METHODS}))
-    search = Search(tmp_path / "search", "tiny", [], ("1e-4", "1e-3", "3e-3"), (), noted)
+    noted.write_text(json.dumps({"search": "100 rows", **{method: {"1e-4": 0.3, "1e-3": None} for method in METHODS}}))
+    search = Search(tmp_path / "search", "tiny", [], ("1e-4", "1e-3", "3e-3"), (), noted, "100 rows")
     assert [step.name for step in search.steps()] == ["tiny-search-lora-3e-3", "tiny-search-raft-3e-3"]
     for method, nrmse in (("lora", 0.2), ("raft", 0.4)):
         (tmp_path / "search" / f"{method}-3e-3").mkdir(parents=True)
@@ -180,6 +183,7 @@ def test_rates_that_are_noted_are_not_searched_again(tmp_path, monkeypatch):
     assert (search.rate("lora"), search.rate("raft")) == (["--lr", "3e-3"], ["--lr", "1e-4"])
     assert json.loads(noted.read_text())["lora"] == {"1e-4": 0.3, "1e-3": None, "3e-3": 0.2}
     assert search.steps() == []
+    assert len(replace(search, told="200 rows").steps()) == 6
 
 
 def test_what_comparison_cannot_do_is_said():

@@ -1,4 +1,4 @@
-"""The same budget for every head: nine pairs of learning rate and weight decay around its own, by validation rows.
+"""The same budget for every head: twelve pairs of learning rate and weight decay around its own, by validation rows.
 
     python benchmarks/budget.py WORK CACHE:LAYER... --jobs 2    resumable; caches of relish extract, a layer of each
     python benchmarks/budget.py WORK --table --out budget.json  what was found so far
@@ -22,15 +22,15 @@ from measure import table
 from relish.train.grid import train_heads
 from relish.train.settings import LEARNING_RATES, WEIGHT_DECAYS, TrainSettings, parse_layer, parse_range
 
-FACTORS = (1 / 3, 1.0, 3.0)
-"""Of the head's own rate, and of its own decay."""
+RATES, DECAYS = (1 / 3, 1.0, 3.0), (1 / 3, 1.0, 3.0, 9.0)
+"""Factors of a head's own."""
 OWN = (1.0, 1.0)
 
 
 def search(work: Path, seeds: tuple[int, ...], heads: tuple[str, ...], source: str) -> None:
     """All pairs of all heads on one cache."""
     cache, _, layer = source.rpartition(":")
-    for head, (rate, decay) in product(heads, product(FACTORS, FACTORS)):
+    for head, (rate, decay) in product(heads, product(RATES, DECAYS)):
         settings = TrainSettings(
             heads=(head,),
             seeds=seeds,
@@ -72,7 +72,7 @@ def relative(by_cache: dict[str, dict[str, float | None]], pair: str) -> float |
 
 def shown(found: dict[str, dict[str, dict[str, float | None]]]) -> str:
     """Markdown: a line for each head, a column for each pair, the best in bold."""
-    pairs = [f"{rate:.3g}-{decay:.3g}" for rate, decay in product(FACTORS, FACTORS)]
+    pairs = [f"{rate:.3g}-{decay:.3g}" for rate, decay in product(RATES, DECAYS)]
     lines = []
     for head, by_cache in found.items():
         values = [relative(by_cache, pair) for pair in pairs]

@@ -210,6 +210,21 @@ def test_rows(tmp_path):
     assert "| stsb, tiny | 24 rows | 48 rows |" in shown
 
 
+def test_budget(tmp_path):
+    from .train.conftest import write_cache
+
+    cache = write_cache(tmp_path / "cache")
+    work, out = tmp_path / "work", tmp_path / "budget.json"
+    command = [sys.executable, BENCHMARKS / "budget.py", work, f"{cache}:2", "--heads", "linear", "--seeds", "0"]
+    done = subprocess.run([*command, "--out", out], capture_output=True, text=True, check=True, timeout=600)
+    ((name, pairs),) = json.loads(out.read_text())["linear"].items()
+    assert (name.endswith("-cache-2"), len(pairs), len(set(pairs.values()))) == (True, 12, 12)
+    assert done.stdout.splitlines()[-1].split(" | ")[0] == "| linear (0.003, 1)"
+    assert f"**{min(pairs.values()) / pairs['1-1']:.3f}**" in done.stdout
+    again = subprocess.run([*command, "--table"], capture_output=True, text=True, check=True, timeout=600)
+    assert again.stdout == done.stdout[done.stdout.index("| head") :]
+
+
 def test_profile_stages(tmp_path):
     result, shown = run("profile_stages.py", tmp_path / "profile.json")
     assert [sum(one["shares"].values()) for one in result["stages"]] == pytest.approx([1, 1])

@@ -1,7 +1,7 @@
 """The same budget for every head: twelve pairs of learning rate and weight decay around its own, by validation rows.
 
     python benchmarks/budget.py WORK CACHE:LAYER... --jobs 2    resumable; caches of relish extract, a layer of each
-    python benchmarks/budget.py WORK --table --out budget.json  what was found so far
+    python benchmarks/budget.py WORK --out budget.json          what was found so far
 
 A head's own pair is what `relish train` takes by default. For each pair the table has the validation NRMSE over that of
 the own pair, as the geometric mean over the caches: below 1 is better. Heads that are solved search their penalty by
@@ -89,11 +89,10 @@ def main() -> None:
     parser.add_argument("--heads", default=",".join(LEARNING_RATES))
     parser.add_argument("--seeds", default="0-1")
     parser.add_argument("--jobs", type=int, default=1, help="caches at once")
-    parser.add_argument("--table", action="store_true", help="only show what was found")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     heads = tuple(given.heads.split(","))
-    if not given.table:
+    if given.sources:
         with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
             one = partial(search, given.work, parse_range(given.seeds, "--seeds"), heads)
             list(pool.map(one, given.sources))

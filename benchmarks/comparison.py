@@ -165,8 +165,8 @@ def main() -> None:
                 if part == "tuned":
                     source = sourced(model, SEARCHED, drawn(SEARCHED), plan)
                     more = (*plan.tune, *plan.search)
-                    told = shlex.join([*plan.compute, *more])
-                    told = f"{plan.rows['train']} training and {plan.rows['val']} validation rows {told}"
+                    options = shlex.join([*plan.compute, *more])
+                    told = f"{plan.rows['train']} training and {plan.rows['val']} validation rows {options}"
                     search = Search(work / "search" / backbone, backbone, source, plan.rates, more, noted, told)
                     searches += [step for step in search.steps() if step not in searches]
                     parts[target] = tuned_steps(cell, plan, search)

@@ -215,13 +215,14 @@ def test_budget(tmp_path):
 
     cache = write_cache(tmp_path / "cache")
     work, out = tmp_path / "work", tmp_path / "budget.json"
-    command = [sys.executable, BENCHMARKS / "budget.py", work, f"{cache}:2", "--heads", "linear", "--seeds", "0"]
-    done = subprocess.run([*command, "--out", out], capture_output=True, text=True, check=True, timeout=600)
+    command, one = [sys.executable, BENCHMARKS / "budget.py", work], ["--heads", "linear", "--seeds", "0"]
+    first = [*command, f"{cache}:2", *one, "--out", out]
+    done = subprocess.run(first, capture_output=True, text=True, check=True, timeout=600)
     ((name, pairs),) = json.loads(out.read_text())["linear"].items()
     assert (name.endswith("-cache-2"), len(pairs), len(set(pairs.values()))) == (True, 12, 12)
     assert done.stdout.splitlines()[-1].split(" | ")[0] == "| linear (0.003, 1)"
     assert f"**{min(pairs.values()) / pairs['1-1']:.3f}**" in done.stdout
-    again = subprocess.run([*command, "--table"], capture_output=True, text=True, check=True, timeout=600)
+    again = subprocess.run([*command, *one], capture_output=True, text=True, check=True, timeout=600)
     assert again.stdout == done.stdout[done.stdout.index("| head") :]
 
 

@@ -1,5 +1,6 @@
 """A head on a learned mix of several layers: ELMo's scalar mix (Peters et al. 2018, arXiv 1802.05365, equation 1)."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -51,16 +52,69 @@ class MixedHead(nn.Module):
         """
         mask = mask.bool()
         if self.pooling is not None:  # the inner head then pools a single token
-            vectors = [pool(layer, mask, self.pooling) for layer in hidden.unbind(dim=1)]
-            hidden, mask = torch.stack(vectors, dim=1).unsqueeze(2), mask.any(dim=1, keepdim=True)
+            vectors = torch.stack([pool(layer, mask, self.pooling) for layer in hidden.unbind(dim=1)])
+            mask = mask.any(dim=1, keepdim=True)
+            mixed = self._mix(vectors.unsqueeze(0), mask.T)  # (1, K, B, D): the rows of the batch as tokens
+            return self.head(mixed.transpose(0, 1), mask)
         return self.head(self._mix(hidden, mask), mask)
 
     def _mix(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """(B, K, T, D) to (B, T, D) in the type of the weights."""
+        factors = self.shares().unsqueeze(1) / self.input_scale.scale
+        shift = -(factors * self.input_scale.mean).sum(dim=0)
+        if hidden.device.type == "cpu":
+            return _Mix.apply(hidden, mask, factors, shift)
         # Padding may hold NaN, which 0 × NaN would bring into the gradient of the shares.
         hidden = hidden.masked_fill(~mask[:, None, :, None], 0.0)
-        factors = self.shares().unsqueeze(1) / self.input_scale.scale
-        mixed = -(factors * self.input_scale.mean).sum(dim=0)
+        mixed = shift
         for layer, factor in zip(hidden.unbind(dim=1), factors, strict=True):
             mixed = torch.addcmul(mixed, layer, factor)  # keeps the layer in its own type for the way back
         return mixed
+
+
+class _Mix(torch.autograd.Function):
+    """Σ_k factors_k h_k + shift, row by row without padding: a row stays in the processor's cache, and is cheap there.
+
+    Its gradient is that of the factors and the shift; the hidden states have none.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, mask: Tensor, factors: Tensor, shift: Tensor) -> Tensor:
+        B, K, T, D = hidden.shape
+        mixed = factors.new_zeros(B, T, D)
+        for layers, into in _real_tokens(hidden, mask, mixed, factors.dtype):
+            torch.addcmul(shift, layers[0], factors[0], out=into)
+            for k in range(1, K):
+                into.addcmul_(layers[k], factors[k])
+        ctx.save_for_backward(hidden, mask, factors)
+        return mixed
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> "tuple[None, None, Tensor, Tensor]":  # pyright: ignore[reportIncompatibleMethodOverride]
+        hidden, mask, factors = ctx.saved_tensors
+        found, shift = torch.zeros_like(factors), torch.zeros_like(factors[0])
+        for layers, own in _real_tokens(hidden, mask, gradient, factors.dtype):
+            shift += own.sum(dim=0)
+            found += layers.mul_(own).sum(dim=1)
+        return None, None, found, shift
+
+
+def _real_tokens(hidden: Tensor, mask: Tensor, other: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each row its real tokens in the type given, (K, n, D), until the next is taken, and those of (B, T, D).
+
+    Where real tokens have padding among them, that is zero, and given as well.
+    """
+    B, K, T, D = hidden.shape
+    buffer = torch.empty(K, T, D, dtype=dtype)
+    lengths, first = mask.sum(dim=1).tolist(), mask.int().argmax(dim=1).tolist()
+    last = (T - 1 - mask.flip(1).int().argmax(dim=1)).tolist()
+    for row in range(B):
+        if lengths[row] == 0:
+            continue
+        span = slice(first[row], last[row] + 1)
+        layers = buffer[:, : last[row] + 1 - first[row]]
+        layers.copy_(hidden[row, :, span])
+        if lengths[row] < layers.shape[1]:
+            layers.masked_fill_(~mask[row, span, None], 0.0)
+        yield layers, other[row, span]

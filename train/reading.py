@@ -57,13 +57,15 @@ def reader_for(
         depth: L.
         training: whether gradients will be asked for.
     """
-    if hidden.device.type != "cpu" or hidden.requires_grad:
-        return Projected(hidden, mask, weight, bias, dense=hidden.device.type != "cpu")
+    if hidden.device.type != "cpu":
+        return Projected(hidden, mask, weight, bias, dense=True)
     (B, _, D), d, N = hidden.shape, len(weight), int(mask.sum())
     # Multiply-adds. Forward and backward: 2 products with the tokens for Projected; for Direct 4 with the tokens and
-    # 6 with the queries. Forward alone: 1, and 2 with each.
+    # 6 with the queries. Forward alone: 1, and 2 with each. The gradient of the tokens is one product more for either.
     tokens, queries, once = (4, 6, 2) if training else (2, 2, 1)
     direct = depth * heads * D * (_ROW * torch.get_num_threads() * tokens * N + _QUERIES * queries * B * d)
+    if hidden.requires_grad:
+        once, direct = once + 1, direct + 2 * depth * heads * N * D
     return (Direct if direct < once * N * D * d else Projected)(hidden, mask, weight, bias)
 
 
@@ -151,17 +153,21 @@ class Direct:
     """Reads the hidden states themselves, row by row, without padding."""
 
     def __init__(self, hidden: Tensor, mask: Tensor, weight: Tensor, bias: Tensor) -> None:
+        self._hidden = hidden
         lengths, first = mask.sum(dim=1), mask.int().argmax(dim=1)
         ends, places = first + lengths, torch.arange(mask.shape[1])
-        if bool((mask == (places >= first[:, None]) & (places < ends[:, None])).all()):
-            self._rows = [row[begin:end] for row, begin, end in zip(hidden, first.tolist(), ends.tolist(), strict=True)]
-        else:
-            self._rows = [row[real] for row, real in zip(hidden, mask, strict=True)]
+        whole = bool((mask == (places >= first[:, None]) & (places < ends[:, None])).all())
+        self._real: list[slice | Tensor] = (
+            list(map(slice, first.tolist(), ends.tolist())) if whole else list(mask.unbind())
+        )
+        self._rows = [row[real] for row, real in zip(hidden.detach(), self._real, strict=True)]
         self._weight, self._bias = weight, bias
         self._buffer = weight.new_empty(int(lengths.max()), hidden.shape[-1])
         self._seen: list[tuple[Tensor, Tensor]] = []
+        # What each token's gradient is made of, by row: shares (H, n) and vectors (H, D) that they are shares of.
+        self._parts: list[tuple[list[Tensor], Tensor]] = []
 
-    def read(self, k: Tensor) -> tuple[Tensor, tuple[Tensor, list[Tensor], Tensor]]:
+    def read(self, k: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, list[Tensor], Tensor]]:
         """See Reader."""
         B, H, d = k.shape
         queries = (k.reshape(-1, d) @ self._weight).view(B, H, -1)
@@ -173,18 +179,20 @@ class Direct:
             else:
                 mixture[number].fill_(float("nan"))  # as the softmax over nothing is in `Projected`
         mixed = torch.addmm(self._bias, mixture.view(B * H, -1), self._weight.T)
-        return mixed.view(B, H, d), (k, attention, mixture)
+        return mixed.view(B, H, d), (k, queries, attention, mixture)
 
-    def read_backward(self, kept: tuple[Tensor, list[Tensor], Tensor], gradient: Tensor) -> Tensor:
+    def read_backward(self, kept: tuple[Tensor, Tensor, list[Tensor], Tensor], gradient: Tensor) -> Tensor:
         """See Reader."""
-        k, attention, mixture = kept
+        k, read_with, attention, mixture = kept
         B, H, d = gradient.shape
         gradient, k = gradient.reshape(-1, d), k.reshape(-1, d)
         along = (gradient @ self._weight).view(B, H, -1)
-        queries = torch.empty_like(along)
+        queries, scores = torch.empty_like(along), []
         for number, x in self._converted():
-            scores = _softmax_backward(along[number] @ x.T, attention[number])
-            torch.mm(scores, x, out=queries[number])
+            scores.append(_softmax_backward(along[number] @ x.T, attention[number]))
+            torch.mm(scores[-1], x, out=queries[number])
+        if self._hidden.requires_grad:
+            self._parts += [(scores, read_with), (attention, along)]
         queries = queries.view(B * H, -1)
         self._seen += [(k, queries), (gradient, mixture.view(B * H, -1))]
         return (queries @ self._weight.T).view(B, H, d)
@@ -196,8 +204,15 @@ class Direct:
             weight.addmm_(left.T, right)
         for mixed, _ in self._seen[1::2]:  # every attention sums to 1
             bias += mixed.sum(dim=0)
-        self._seen = []
-        return weight, bias, None
+        hidden = None
+        if self._hidden.requires_grad:
+            hidden = torch.zeros_like(self._hidden)
+            shares, vectors = zip(*self._parts, strict=True)
+            vectors = torch.cat(vectors, dim=1)
+            for number, real in enumerate(self._real):
+                hidden[number, real] = torch.cat([step[number] for step in shares]).T @ vectors[number]
+        self._seen, self._parts = [], []
+        return weight, bias, hidden
 
     def _converted(self) -> Iterator[tuple[int, Tensor]]:
         """Each row's number and its hidden states (n, D) in the type of the weights; only until the next is taken."""

@@ -137,7 +137,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
     assert noise.mean().item() == pytest.approx(1.0, abs=0.01)
 
 
-def test_hidden_states_get_their_gradient_where_it_is_wanted():
+def test_hidden_states_get_their_gradient_where_it_is_wanted(reader):
     head, (hidden, mask) = a_head(), a_batch()
     ours, theirs = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
     head(ours, mask).sum().backward()

@@ -14,14 +14,14 @@ from torch import Tensor
 from ..cache.device import pick_device
 from ..cache.reader import FeatureCache, open_cache
 from ..cache.version import __version__
-from .data import Moments, Rows, feature_moments, ordered_batches, read_ahead, training_rows
+from .data import Moments, Readable, Rows, feature_moments, training_rows
 from .diverged import DivergedCell, diverged_path, save_diverged
 from .heads import Head, HeadSpec, build_head, count_parameters
 from .known import comparable
 from .loop import Diverged, EpochRecord, best_epoch, predict_rows, train_head
 from .metrics import score
 from .mix import MixedHead
-from .pooled import pool
+from .pooled_rows import PooledRows, pooled_rows
 from .principal import begin_with, principal_axes
 from .progress import CellName, Listener
 from .recipe import own_recipe, own_settings
@@ -31,7 +31,7 @@ from .run import save_run
 from .saving import writing
 from .scale import InputScale
 from .settings import MIX, TrainSettings
-from .shared import own_tokens, shared_tokens
+from .shared import shared_tokens
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class Training:
     """Tokens that all rows begin with, to learn from and to validate; no head reads them."""
     moments: dict[str | None, Moments] = field(default_factory=dict)
     """By pooling; filled by whoever needs them first."""
+    pooled: dict[str, tuple[PooledRows, PooledRows]] = field(default_factory=dict)
+    """What the training and validation rows pool to, by pooling; each process finds them for itself."""
 
     def steps(self, cell: CellName) -> int:
         """The most steps a cell may take."""
@@ -78,6 +80,18 @@ class Training:
         if pooling not in self.moments:
             self.moments[pooling] = feature_moments(self.train, pooling, skip=self.skip)
         return self.moments[pooling]
+
+    def rows_for(self, head: Head) -> tuple[Readable, Readable]:
+        """The training and validation rows as a head reads them: pooled, in one pass the first time, where it pools."""
+        pooling = getattr(head, "pooling", None)
+        if pooling is None:
+            return self.train, self.val
+        if pooling not in self.pooled:
+            train, val = (
+                pooled_rows(rows, pooling, skip=self.skip, folder=self.out) for rows in (self.train, self.val)
+            )
+            self.pooled[pooling] = train, val
+        return self.pooled[pooling]
 
     @cached_property
     def axes(self) -> Tensor | None:
@@ -127,18 +141,19 @@ def train_cell(training: Training, cell: CellName, listener: Listener | None) ->
 
 def _train(training: Training, cell: CellName, listener: Listener | None) -> dict[str, Any]:
     started = time.perf_counter()
-    train, val, device, settings = training.train, training.val, training.device, training.settings
+    device, settings = training.device, training.settings
     label_range = training.config["label_range"]
     spec = training.spec(cell)
     # A generator per cell, in a fork: what a cell draws depends on its seed alone, and the caller's stays as it was.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(cell.seed)
         head = build_head(spec)
+        train, val = training.rows_for(head)
         target = train.target
         recipe = own_recipe(settings, cell.head, len(train))
         history: list[EpochRecord] = []
         if recipe is None:
-            alpha = _fit_ridge(head, train, val, label_range, training.skip)
+            alpha = _fit_ridge(head, train, val, label_range)
             extra: dict[str, Any] = {"alpha": alpha}
             head.to(device)
         else:
@@ -163,13 +178,15 @@ def _train(training: Training, cell: CellName, listener: Listener | None) -> dic
             )
             extra = {"best_epoch": best_epoch(history), "epochs": len(history)}
             if isinstance(head, MixedHead):
-                extra["layer_mix"] = dict(zip(map(str, train.split.layers), head.shares().tolist(), strict=True))
+                extra["layer_mix"] = dict(
+                    zip(map(str, training.train.split.layers), head.shares().tolist(), strict=True)
+                )
     predictions = predict_rows(head, val, device)
     if not np.isfinite(predictions).all():
         raise Diverged("its predictions are not finite")
     figures = score(val.target, predictions, label_range)
     metrics = {
-        "val_split": val.split.name,
+        "val_split": training.val.split.name,
         "val_rows": len(val),
         "val": {name: value if np.isfinite(value) else None for name, value in figures.items()},
         **extra,
@@ -194,20 +211,19 @@ def _mark_diverged(training: Training, cell: CellName, reason: str) -> None:
         save_diverged(DivergedCell(path, cell.head, cell.depth, cell.seed, parameters, reason, same))
 
 
-def _fit_ridge(head: Head, train: Rows, val: Rows, label_range: tuple[float, float], skip: int) -> float:
-    """Fit the head's linear layer; the penalty with the lowest validation NRMSE wins, and is returned."""
+def _fit_ridge(head: Head, train: Readable, val: Readable, label_range: tuple[float, float]) -> float:
+    """Fit the head's linear layer to pooled rows; gives the penalty with the lowest validation NRMSE, which wins."""
 
-    def pooled(rows: Rows, order: list[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for hidden, mask, target in read_ahead(rows, order):
-            yield pool(hidden, own_tokens(mask, skip), head.pooling).numpy(), target.double().numpy()
+    def vectors(rows: Readable) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for hidden, _, target in map(rows.read, rows.batches()):
+            yield hidden.squeeze(1).numpy(), target.double().numpy()
 
-    sums = RidgeMoments.of(pooled(train, ordered_batches(train.lengths)), head.hidden_size)
+    sums = RidgeMoments.of(vectors(train), head.hidden_size)
     if not np.isfinite(sums.xx).all():
         raise Diverged("the pooled hidden states are not finite")
     solutions = solve_ridge(sums)
-    order = ordered_batches(val.lengths)
-    features = np.concatenate([vectors for vectors, _ in pooled(val, order)]).astype(np.float64)
-    target = val.target[np.concatenate(order)]
+    features = np.concatenate([features for features, _ in vectors(val)]).astype(np.float64)
+    target = val.target[np.concatenate(val.batches())]
     errors = [score(target, features @ weights + intercept, label_range)["nrmse"] for weights, intercept in solutions]
     best = int(np.argmin(errors))
     weights, intercept = solutions[best]

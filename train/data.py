@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +19,36 @@ from .shared import own_tokens
 _AHEAD = 3  # batches read ahead
 _SLOTS = 8192  # token slots of a batch that needs no gradient, over all layers
 _SAMPLE = 1 << 16  # tokens: their deviations are those of all to a per cent, and training starts at once
+
+
+class TrainBatch(NamedTuple):
+    """B rows of a split."""
+
+    hidden: Tensor
+    """(B, T, D) in the storage dtype, or (B, K, T, D) for a mix of K layers, zero where padded."""
+    mask: Tensor
+    """(B, T) bool, True = real token."""
+    target: Tensor
+    """(B,) float32."""
+
+
+class Readable(Protocol):
+    """N rows that a head is trained on or predicts."""
+
+    @property
+    def target(self) -> np.ndarray:
+        """(N,) gold scores."""
+        ...
+
+    def batches(self) -> list[np.ndarray]:
+        """Batches for prediction."""
+        ...
+
+    def read(self, batch: np.ndarray) -> TrainBatch:
+        """The rows of a batch, of numbers within these rows."""
+        ...
+
+    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -43,19 +73,14 @@ class Rows:
         """Batches for prediction (`ordered_batches`), as large in memory however many layers the split is open at."""
         return ordered_batches(self.lengths, _SLOTS // len(self.split.layers))
 
+    def read(self, batch: np.ndarray) -> TrainBatch:
+        """The rows of a batch, of numbers within these rows."""
+        index = self.index[batch]
+        hidden, mask = self.split.read(index)
+        return TrainBatch(hidden, mask, torch.from_numpy(self.split.target[index]).float())
+
     def __len__(self) -> int:
         return len(self.index)
-
-
-class TrainBatch(NamedTuple):
-    """B rows of a split."""
-
-    hidden: Tensor
-    """(B, T, D) in the storage dtype, or (B, K, T, D) for a mix of K layers, zero where padded."""
-    mask: Tensor
-    """(B, T) bool, True = real token."""
-    target: Tensor
-    """(B,) float32."""
 
 
 def open_split(cache: FeatureCache, name: str, layer: Layer | None) -> Split:
@@ -103,7 +128,7 @@ def training_rows(cache: FeatureCache, settings: TrainSettings) -> tuple[Rows, R
     return chosen
 
 
-def shuffled_batches(rows: Rows, batch_size: int, generator: np.random.Generator) -> list[np.ndarray]:
+def shuffled_batches(rows: Readable, batch_size: int, generator: np.random.Generator) -> list[np.ndarray]:
     """One epoch's batches: numbers within `rows`, each once, in random order."""
     order = generator.permutation(len(rows))
     return [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
@@ -120,7 +145,7 @@ def ordered_batches(lengths: np.ndarray, slots: int = _SLOTS) -> list[np.ndarray
     return batches
 
 
-def read_ahead(rows: Rows, batches: Sequence[np.ndarray], *, pinned: bool = False) -> Iterator[TrainBatch]:
+def read_ahead(rows: Readable, batches: Sequence[np.ndarray], *, pinned: bool = False) -> Iterator[TrainBatch]:
     """Read batches in a thread, a few ahead of the one that is used.
 
     Args:
@@ -130,9 +155,7 @@ def read_ahead(rows: Rows, batches: Sequence[np.ndarray], *, pinned: bool = Fals
     """
 
     def read(batch: np.ndarray) -> TrainBatch:
-        index = rows.index[batch]
-        hidden, mask = rows.split.read(index)
-        whole = TrainBatch(hidden, mask, torch.from_numpy(rows.split.target[index]).float())
+        whole = rows.read(batch)
         return TrainBatch(*(part.pin_memory() for part in whole)) if pinned else whole
 
     with ThreadPoolExecutor(1, thread_name_prefix="relish-read") as pool_:

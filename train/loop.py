@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .adamw import AdamW
-from .data import Rows, read_ahead, shuffled_batches
+from .data import Readable, read_ahead, shuffled_batches
 from .heads import Head
 from .metrics import score
 from .mix import MixedHead
@@ -45,8 +45,8 @@ class Diverged(Exception):
 
 def train_head(
     head: Head,
-    train: Rows,
-    val: Rows,
+    train: Readable,
+    val: Readable,
     *,
     settings: TrainSettings,
     recipe: Recipe,
@@ -126,7 +126,7 @@ def best_epoch(history: list[EpochRecord]) -> int:
 
 
 @torch.inference_mode()
-def predict_rows(head: Head, rows: Rows, device: torch.device) -> np.ndarray:
+def predict_rows(head: Head, rows: Readable, device: torch.device) -> np.ndarray:
     """Predictions (N,) float64 in the order of `rows`, in the unit of the labels."""
     head.eval()
     batches = rows.batches()

@@ -15,6 +15,7 @@ from relish.cache.errors import CacheError, DataError, RunError
 from relish.cache.lock import lock_folder
 from relish.cache.reader import open_cache
 from relish.train import loop
+from relish.train.data import Rows
 from relish.train.grid import train_heads
 from relish.train.loop import Diverged
 from relish.train.recipe import Recipe
@@ -70,7 +71,7 @@ def test_the_lock_of_a_dead_process_and_what_it_left_do_no_harm(cache, tmp_path)
 def test_a_loss_that_is_no_longer_finite_ends_the_cell_within_the_epoch(cache, monkeypatch):
     opened = open_cache(cache)
     settings = TrainSettings(heads=("linear",), batch_size=1, standardise=False, **SMALL)
-    train, val = loop.Rows(opened.split("train"), np.arange(96)), loop.Rows(opened.split("dev"), np.arange(32))
+    train, val = Rows(opened.split("train"), np.arange(96)), Rows(opened.split("dev"), np.arange(32))
     from relish.train.heads import HeadSpec, build_head
 
     head = build_head(HeadSpec(name="linear", hidden_size=24, depth=0, latent_size=8, num_heads=2, dropout=0))

@@ -1,10 +1,12 @@
-"""The same budget for every head: twelve pairs of learning rate and weight decay around its own, by validation rows.
+"""The same budget for every head: sixteen pairs of learning rate and weight decay around one, by validation rows.
 
     python benchmarks/budget.py WORK CACHE:LAYER... --jobs 2    resumable; caches of relish extract, a layer of each
+    python benchmarks/budget.py WORK CACHE:LAYER... --best 3    a second round: the three best pairs of each head alone
     python benchmarks/budget.py WORK --out budget.json          what was found so far
 
-A head's own pair is what `relish train` takes by default. For each pair the table has the validation NRMSE over that of
-the own pair, as the geometric mean over the caches: below 1 is better. Heads that are solved search their penalty by
+The search is around what earlier ones had found (recipe-log.md); what it found is what `relish train` takes by default.
+For each pair the table has the validation NRMSE over that of the pair in the middle, as the geometric mean over the
+caches: below 1 is better. Heads that are solved search their penalty by
 validation themselves, on every cache. Only validation rows are looked at.
 """
 
@@ -20,28 +22,47 @@ from pathlib import Path
 from measure import table
 
 from relish.train.grid import train_heads
-from relish.train.settings import LEARNING_RATES, WEIGHT_DECAYS, TrainSettings, parse_layer, parse_range
+from relish.train.settings import TrainSettings, parse_layer, parse_range
 
-RATES, DECAYS = (1 / 3, 1.0, 3.0), (1 / 3, 1.0, 3.0, 9.0)
-"""Factors of a head's own."""
-OWN = (1.0, 1.0)
+MIDDLE = {
+    "relish": (3e-4, 3.0),
+    "linear": (3e-3, 1.0),
+    "linear-last": (3e-3, 1.0),
+    "mlp": (1e-4, 1.0),
+    "mlp-last": (1e-4, 1.0),
+    "attention": (1e-2, 1.0),
+}
+"""Learning rate and weight decay around which is searched."""
+FACTORS = tuple(product((1 / 3, 1, 2, 3), (1 / 3, 1, 3, 9)))
+"""Of both."""
 
 
-def search(work: Path, seeds: tuple[int, ...], heads: tuple[str, ...], source: str) -> None:
-    """All pairs of all heads on one cache."""
+def pairs(head: str) -> list[tuple[float, float]]:
+    """Learning rates and weight decays that a head has to choose from, the pair in the middle among them."""
+    rate, decay = MIDDLE[head]
+    return [(rate * factor, decay * other) for factor, other in FACTORS]
+
+
+def named(rate: float, decay: float) -> str:
+    """A pair, in figures and files."""
+    return f"{rate:.3g}-{decay:.3g}"
+
+
+def search(work: Path, seeds: tuple[int, ...], tried: dict[str, list[tuple[float, float]]], source: str) -> None:
+    """Pairs of each head on one cache."""
     cache, _, layer = source.rpartition(":")
-    for head, (rate, decay) in product(heads, product(RATES, DECAYS)):
+    for head, rate, decay in [(name, *pair) for name, own in tried.items() for pair in own]:
         settings = TrainSettings(
             heads=(head,),
             seeds=seeds,
-            lr=LEARNING_RATES[head] * rate,
-            weight_decay=WEIGHT_DECAYS[head] * decay,
+            lr=rate,
+            weight_decay=decay,
             layer=parse_layer(layer),
             device="cpu",
             workers=1,
             threads=1,
         )
-        folder = work / f"{'-'.join(Path(cache).parts[-3:])}-{layer}" / head / f"{rate:.3g}-{decay:.3g}"
+        folder = work / f"{'-'.join(Path(cache).parts[-3:])}-{layer}" / head / named(rate, decay)
         folder.parent.mkdir(parents=True, exist_ok=True)
         nrmse = [cell["val"]["nrmse"] for cell in train_heads(cache, folder, settings).cells.values() if cell]
         # A rate at which a seed diverges is no rate to take.
@@ -62,42 +83,64 @@ def collect(work: Path, heads: tuple[str, ...]) -> dict[str, dict[str, dict[str,
     }
 
 
-def relative(by_cache: dict[str, dict[str, float | None]], pair: str) -> float | None:
-    """NRMSE at a pair over that at the own one, the geometric mean over the caches."""
-    own = f"{OWN[0]:.3g}-{OWN[1]:.3g}"
-    found = [(pairs.get(pair), pairs.get(own)) for pairs in by_cache.values()]
+def first_round(found: dict[str, dict[str, dict[str, float | None]]]) -> dict[str, dict[str, dict[str, float | None]]]:
+    """What was found on the caches on which all pairs were tried."""
+    return {
+        head: {cache: known for cache, known in by_cache.items() if len(known) == len(FACTORS)}
+        for head, by_cache in found.items()
+    }
+
+
+def best_pairs(head: str, by_cache: dict[str, dict[str, float | None]], count: int) -> list[tuple[float, float]]:
+    """The pairs of a head that are best so far, and the middle one."""
+    values = {pair: relative(by_cache, named(*pair), named(*MIDDLE[head])) for pair in pairs(head)}
+    known = {pair: value for pair, value in values.items() if value is not None}
+    return list({MIDDLE[head]: 0, **dict.fromkeys(sorted(known, key=known.__getitem__)[:count])})
+
+
+def relative(by_cache: dict[str, dict[str, float | None]], pair: str, middle: str) -> float | None:
+    """NRMSE at a pair over that at the middle one, the geometric mean over the caches."""
+    found = [(known.get(pair), known.get(middle)) for known in by_cache.values()]
     ratios = [mine / base for mine, base in found if mine is not None and base is not None]
     return statistics.geometric_mean(ratios) if ratios and len(ratios) == len(found) else None
 
 
 def shown(found: dict[str, dict[str, dict[str, float | None]]]) -> str:
-    """Markdown: a line for each head, a column for each pair, the best in bold."""
-    pairs = [f"{rate:.3g}-{decay:.3g}" for rate, decay in product(RATES, DECAYS)]
-    lines = []
+    """Markdown: a line for each pair of factors, a column for each head, its best in bold."""
+    columns = []
     for head, by_cache in found.items():
-        values = [relative(by_cache, pair) for pair in pairs]
+        values = [relative(by_cache, named(*pair), named(*MIDDLE[head])) for pair in pairs(head)]
         best = min((value for value in values if value is not None), default=None)
-        texts = ["–" if v is None else f"**{v:.3f}**" if v == best else f"{v:.3f}" for v in values]
-        lines.append([f"{head} ({LEARNING_RATES[head]:g}, {WEIGHT_DECAYS[head]:g})", *texts])
-    return table(["head (own rate, decay)", *(pair.replace("-", " × rate, ") + " × decay" for pair in pairs)], lines)
+        columns.append(["–" if v is None else f"**{v:.3f}**" if v == best else f"{v:.3f}" for v in values])
+    titles = [f"{head} ({MIDDLE[head][0]:g}, {MIDDLE[head][1]:g})" for head in found]
+    factors = [[f"{rate:.2g}", f"{decay:.2g}"] for rate, decay in FACTORS]
+    lines = [[*factor, *values] for factor, *values in zip(factors, *columns, strict=True)]
+    lines = [line for line in lines if set(line[2:]) != {"–"}]
+    return table(["× rate", "× decay", *titles], lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("sources", nargs="*", metavar="CACHE:LAYER")
-    parser.add_argument("--heads", default=",".join(LEARNING_RATES))
+    parser.add_argument("--heads", default=",".join(MIDDLE))
     parser.add_argument("--seeds", default="0-1")
+    parser.add_argument("--best", type=int, help="only as many of each head's pairs, by the caches that had them all")
     parser.add_argument("--jobs", type=int, default=1, help="caches at once")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     heads = tuple(given.heads.split(","))
     if given.sources:
+        so_far = first_round(collect(given.work, heads)) if given.best else {}
+        tried = {head: best_pairs(head, so_far[head], given.best) if given.best else pairs(head) for head in heads}
         with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
-            one = partial(search, given.work, parse_range(given.seeds, "--seeds"), heads)
+            one = partial(search, given.work, parse_range(given.seeds, "--seeds"), tried)
             list(pool.map(one, given.sources))
     found = collect(given.work, heads)
-    print(shown(found))
+    whole = first_round(found)
+    print(shown(whole))
+    if whole != found:
+        print(shown(found))
     if given.out is not None:
         given.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 

@@ -219,11 +219,22 @@ def test_budget(tmp_path):
     first = [*command, f"{cache}:2", *one, "--out", out]
     done = subprocess.run(first, capture_output=True, text=True, check=True, timeout=600)
     ((name, pairs),) = json.loads(out.read_text())["linear"].items()
-    assert (name.endswith("-cache-2"), len(pairs), len(set(pairs.values()))) == (True, 12, 12)
-    assert done.stdout.splitlines()[-1].split(" | ")[0] == "| linear (0.003, 1)"
-    assert f"**{min(pairs.values()) / pairs['1-1']:.3f}**" in done.stdout
+    assert (name.endswith("-cache-2"), len(pairs), len(set(pairs.values()))) == (True, 16, 16)
+    assert "| × rate | × decay | linear (0.003, 1) |" in done.stdout
+    assert "| 1 | 1 | 1.000 |" in done.stdout.replace("**", "")
+    assert f"**{min(pairs.values()) / pairs['0.003-1']:.3f}**" in done.stdout
     again = subprocess.run([*command, *one], capture_output=True, text=True, check=True, timeout=600)
-    assert again.stdout == done.stdout[done.stdout.index("| head") :]
+    assert again.stdout == done.stdout[done.stdout.index("| ×") :]
+
+    other = write_cache(tmp_path / "other", sizes={"train": 50, "dev": 20})
+    second = [*command, f"{other}:2", *one, "--best", "2", "--out", out]
+    done = subprocess.run(second, capture_output=True, text=True, check=True, timeout=600)
+    found = json.loads(out.read_text())["linear"]
+    best = sorted(pairs, key=pairs.__getitem__)[:2]
+    assert found.pop(name) == pairs
+    assert [set(finalists) for finalists in found.values()] == [{"0.003-1", *best}]
+    first, both = (table.splitlines() for table in done.stdout[done.stdout.index("| ×") :].split("| × rate")[1:])
+    assert (len(first), len(both)) == (2 + 16, 2 + len({"0.003-1", *best}))
 
 
 def test_profile_stages(tmp_path):

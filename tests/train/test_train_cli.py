@@ -103,8 +103,8 @@ def test_each_head_has_its_own_rate_and_decay(cache, tmp_path):
     }
     recipes = {name: (settings["lr"], settings["weight_decay"]) for name, settings in found.items()}
     assert recipes == {
-        ("own", "relish-L3"): (3e-4, 3.0),
-        ("own", "linear-L0"): (3e-3, 1.0),
+        ("own", "relish-L3"): (3e-4, 9.0),
+        ("own", "linear-L0"): (1e-3, 9.0),
         ("own", "ridge-L0"): (None, None),
         ("given", "relish-L3"): (1e-3, 0.5),
         ("given", "linear-L0"): (1e-3, 0.5),

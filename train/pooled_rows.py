@@ -55,15 +55,17 @@ def pooled_rows(rows: Rows, pooling: str, *, skip: int, folder: Path) -> PooledR
     place = np.empty(len(rows), dtype=np.int64)
     place[np.concatenate(order)] = np.arange(len(rows))
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder, prefix=".pooled-") as file:
-        shape = ()
+    shape = ()
+    with (
+        writing(folder / "pooled hidden states", "finished cells are kept"),
+        tempfile.TemporaryFile(dir=folder, prefix=".pooled-") as file,
+    ):
         for hidden, mask, _ in read_ahead(rows, order):
             own = own_tokens(mask, skip)
             layers = hidden.unbind(dim=1) if rows.split.stacked else (hidden,)
             vectors = torch.stack([pool(layer, own, pooling) for layer in layers], dim=1).numpy()
             shape = vectors.shape[1:] if rows.split.stacked else vectors.shape[2:]
-            with writing(folder / "pooled hidden states", "finished cells are kept"):
-                file.write(vectors.tobytes())
-                file.flush()
+            file.write(vectors.tobytes())
+        file.flush()
         stored = np.memmap(file, dtype=np.float32, mode="r", shape=(len(rows), *shape))
     return PooledRows(stored, place, rows.target)

@@ -104,6 +104,19 @@ def test_what_stands_in_the_padding_reaches_neither_values_nor_gradients(name):
         torch.testing.assert_close(alone, clean[row : row + 1], rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["relish", "attention", "linear"])
+def test_padding_before_and_among_the_tokens_is_left_out_too(name):
+    head, (hidden, mask) = a_head(name), a_batch()
+    mask[0, :3], mask[0, 5], mask[3, :6] = False, False, False  # (of row 3 one token is left)
+    expected = plainly(head, hidden, mask)
+    theirs = gradients(head, expected)
+    hidden.transpose(1, 2)[~mask] = float("nan")
+    ours = head(hidden, mask)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-9)
+    for a, b in zip(gradients(head, ours), theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", LEARNED)
 def test_half_precision_is_mixed_in_float32(name):
     head, (hidden, mask) = a_head(name, torch.float32), a_batch(torch.bfloat16)

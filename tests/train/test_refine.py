@@ -137,8 +137,9 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
     assert noise.mean().item() == pytest.approx(1.0, abs=0.01)
 
 
-def test_hidden_states_get_their_gradient_where_it_is_wanted(reader):
-    head, (hidden, mask) = a_head(), a_batch()
+@pytest.mark.parametrize("padding", ["none", "left", "right", "holes"])
+def test_hidden_states_get_their_gradient_where_it_is_wanted(reader, padding):
+    head, (hidden, mask) = a_head(), a_batch(padding=padding)
     ours, theirs = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
     head(ours, mask).sum().backward()
     plainly(head, theirs, mask).sum().backward()

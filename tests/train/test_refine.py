@@ -185,10 +185,11 @@ def threads_after():
 
 @pytest.mark.usefixtures("threads_after")
 def test_long_rows_are_not_projected_where_steps_and_threads_are_few():
-    def chosen(T: int, depth: int, D: int = 2048, rows: int = 16, training: bool = True) -> type:
+    def chosen(T: int, depth: int, *, training: bool = True, mixed: bool = False) -> type:
+        D, rows = 2048, 16
         mask = torch.ones(rows, T, dtype=torch.bool)
         weight, bias = torch.zeros(256, D), torch.zeros(256)
-        hidden = torch.zeros(1).expand(rows, T, D)
+        hidden = torch.zeros(1, requires_grad=mixed).expand(rows, T, D)
         return type(reader_for(hidden, mask, weight, bias, heads=8, depth=depth, training=training))
 
     torch.set_num_threads(1)
@@ -196,6 +197,7 @@ def test_long_rows_are_not_projected_where_steps_and_threads_are_few():
     assert chosen(T=52, depth=3) is Projected
     assert chosen(T=64, depth=1) is Direct
     assert chosen(T=128, depth=3) is Projected
+    assert chosen(T=128, depth=3, mixed=True) is Direct
     assert chosen(T=128, depth=3, training=False) is Direct
     assert chosen(T=256, depth=8) is Projected
     torch.set_num_threads(2)  # they share a product of all tokens better than one of a row

@@ -78,6 +78,12 @@ def test_train_step(tmp_path):
     assert "plain ÷ ours" in shown
 
 
+def test_mix_step(tmp_path):
+    result, shown = run("mix_step.py", tmp_path / "mix_step.json")
+    assert [one["ratio"] > 0 for one in result["results"]] == [True]
+    assert "| 16 | 8 | ragged |" in shown
+
+
 def test_comparison(tmp_path):
     # From kept reports, as the tables of RESULTS.md are made.
     work, kept = tmp_path / "work", tmp_path / "kept"

@@ -62,7 +62,7 @@ class MixedHead(nn.Module):
         """(B, K, T, D) to (B, T, D) in the type of the weights."""
         factors = self.shares().unsqueeze(1) / self.input_scale.scale
         shift = -(factors * self.input_scale.mean).sum(dim=0)
-        if hidden.device.type == "cpu":
+        if hidden.device.type == "cpu" and not hidden.requires_grad:
             return _Mix.apply(hidden, mask, factors, shift)
         # Padding may hold NaN, which 0 × NaN would bring into the gradient of the shares.
         hidden = hidden.masked_fill(~mask[:, None, :, None], 0.0)
@@ -75,7 +75,7 @@ class MixedHead(nn.Module):
 class _Mix(torch.autograd.Function):
     """Σ_k factors_k h_k + shift, row by row without padding: a row stays in the processor's cache, and is cheap there.
 
-    Its gradient is that of the factors and the shift; the hidden states have none.
+    Gradients are those of the factors and the shift alone.
     """
 
     @staticmethod

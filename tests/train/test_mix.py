@@ -118,6 +118,16 @@ def test_padding_before_and_among_the_tokens_is_left_out_too(name):
 
 
 @pytest.mark.parametrize("name", LEARNED)
+def test_hidden_states_get_their_gradient_where_it_is_wanted(name):
+    head, (hidden, mask) = a_head(name), a_batch()
+    ours, theirs = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    head(ours, mask).sum().backward()
+    plainly(head, theirs, mask).sum().backward()
+    assert ours.grad is not None
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", LEARNED)
 def test_half_precision_is_mixed_in_float32(name):
     head, (hidden, mask) = a_head(name, torch.float32), a_batch(torch.bfloat16)
     whole = head(hidden.float(), mask)

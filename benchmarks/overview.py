@@ -41,7 +41,7 @@ stepping stones. Any other that has no name here is shown as it is called."""
 def overview(comparison: dict[str, Any]) -> str:
     """Markdown from comparison.json: Pearson / Spearman / NRMSE on the test rows, the best of all methods in bold.
 
-    A table for each LLM, and one of the averages over all data sets.
+    A table for each LLM, one of the averages over all data sets, and one for each kind of best rival.
     """
     parts = []
     for backbone in comparison["backbones"]:
@@ -51,7 +51,27 @@ def overview(comparison: dict[str, Any]) -> str:
         parts.append(f"**{backbone}**\n\n{table(heads, _rows(columns))}\n")
     if len(comparison["datasets"]) > 1:
         parts.append(f"Macro averages × 100, of what was run everywhere:\n\n{_macro(comparison['macro'])}\n")
+    for pair in dict.fromkeys((duel["contender"], duel["opponent"]) for duel in comparison["best_rival"]):
+        duels = _of(comparison["best_rival"], contender=pair[0], opponent=pair[1])
+        parts.append(f"{pair[0]}, against the {pair[1]}; bold is significantly ahead:\n\n{_duels(duels)}\n")
     return "\n".join(parts)
+
+
+def _duels(duels: Sequence[dict[str, Any]]) -> str:
+    """A line for each data set and LLM, with both sides' figures; another metric may have another best rival."""
+    lines = []
+    for place in dict.fromkeys((duel["dataset"], duel["backbone"]) for duel in duels):
+        here = _of(duels, dataset=place[0], backbone=place[1])
+        sides = []
+        for side, name, ahead in (("ours", "method", "win"), ("theirs", "opponent_method", "loss")):
+            by_method = {}
+            for method in dict.fromkeys(duel[name] for duel in here):
+                texts = {duel["metric"]: _text(duel[side] if duel[name] == method else None) for duel in here}
+                best = {metric: text for metric, text in texts.items() if _of(here, metric=metric, outcome=ahead)}
+                by_method[NAMES.get(method, method)] = _joined(texts, best)
+            sides.append("; ".join(f"{method} {figures}" for method, figures in by_method.items()))
+        lines.append([*place, *sides])
+    return table(["data", "LLM", "RELISH", "rival"], lines)
 
 
 def _rows(columns: Sequence[dict[str, str]]) -> list[list[str]]:
@@ -107,7 +127,7 @@ def _text(value: float | None, times: int = 1) -> str:
 
 def _joined(texts: dict[str, str], best: dict[str, str], marks: dict[str, str] | None = None) -> str:
     """Three figures as one cell."""
-    bold = {metric: f"**{text}**" if text == best[metric] != "–" else text for metric, text in texts.items()}
+    bold = {metric: f"**{text}**" if text == best.get(metric) != "–" else text for metric, text in texts.items()}
     return " / ".join(text + (marks or {}).get(metric, "") for metric, text in bold.items())
 
 

@@ -144,11 +144,20 @@ def test_the_tables_at_a_glance(monkeypatch):
         "tests": [
             {**duel, "metric": metric, "outcome": outcome} for metric, outcome in figures("loss", "tie", "win").items()
         ],
+        "best_rival": [
+            {**duel, "opponent": "best rival", "method": "relish, L = 3", "ours": ours, "theirs": theirs, **one}
+            for ours, theirs, one in (
+                (0.5, 0.6, {"metric": "pearson", "outcome": "loss"}),
+                (0.4, 0.4, {"metric": "spearman", "outcome": "tie"}),
+                (0.2, 0.25, {"metric": "nrmse", "outcome": "win", "opponent_method": "ridge-mean"}),
+            )
+        ],
         "macro": [
             {"backbone": "llm", "methods": [{"method": name, **figures(*values)} for name, *values in (relish, greedy)]}
         ],
     }
-    by_llm, macro = overview(comparison).split("Macro averages")
+    by_llm, rest = overview(comparison).split("Macro averages")
+    macro, duels = rest.split("against the best rival")
     assert "| LoRA, then ridge, last token | 0.100 / 0.100 / 0.300 | – |" in by_llm
     assert "| my-head on lora | 0.100 / 0.100 / 0.300 | – |" in by_llm
     assert "median" not in by_llm
@@ -159,6 +168,8 @@ def test_the_tables_at_a_glance(monkeypatch):
     assert "| RELISH, L = 3 | **50.0** / **40.0** / **20.0** |" in macro
     assert "attention" not in macro
     assert "run everywhere" in macro
+    ours, theirs = "RELISH, L = 3 0.500 / 0.400 / **0.200**", "attention pooling **0.600** / 0.400 / –"
+    assert f"| a | llm | {ours} | {theirs}; ridge, mean – / – / 0.250 |" in duels
 
 
 def test_a_step_is_noted_as_done_only_if_it_is_or_failed_as_foreseen(tmp_path, monkeypatch):

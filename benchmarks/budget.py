@@ -131,8 +131,12 @@ def main() -> None:
     given = parser.parse_args()
     heads = tuple(given.heads.split(","))
     if given.sources:
-        so_far = first_round(collect(given.work, heads)) if given.best else {}
-        tried = {head: best_pairs(head, so_far[head], given.best) if given.best else pairs(head) for head in heads}
+        tried = {head: pairs(head) for head in heads}
+        if given.best is not None:
+            so_far = first_round(collect(given.work, heads))
+            if given.best < 1 or not all(so_far.values()):
+                parser.error("--best takes a number from 1 on, and a WORK where all pairs of these heads were tried")
+            tried = {head: best_pairs(head, so_far[head], given.best) for head in heads}
         with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
             one = partial(search, given.work, parse_range(given.seeds, "--seeds"), tried)
             list(pool.map(one, given.sources))

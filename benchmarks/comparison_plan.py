@@ -30,7 +30,7 @@ class Plan:
     seeds: str = "0-2"
     rates: tuple[str, ...] = ("3e-4", "1e-3", "3e-3")
     """Learning rates that each method of tuning has to choose from, once for each LLM, by the validation rows of one
-    data set. Heads had sixteen pairs of rate and weight decay each (recipe-log.md)."""
+    data set. Heads have sixteen pairs of rate and weight decay each (recipe-log.md)."""
     search: tuple[str, ...] = ()
     """More options of `relish tune` in that choice, besides those of every tuning."""
     tune: tuple[str, ...] = ()

@@ -243,6 +243,8 @@ def test_budget(tmp_path):
     again = subprocess.run([*command, *one], capture_output=True, text=True, check=True, timeout=600)
     assert again.stdout == done.stdout[done.stdout.index("| ×") :]
 
+    early = subprocess.run([*command, f"{cache}:2", "--best", "2"], capture_output=True, text=True, timeout=600)
+    assert "--best takes a number from 1 on, and a WORK where all pairs of these heads were tried" in early.stderr
     other = write_cache(tmp_path / "other", sizes={"train": 50, "dev": 20})
     second = [*command, f"{other}:2", *one, "--best", "2", "--out", out]
     done = subprocess.run(second, capture_output=True, text=True, check=True, timeout=600)

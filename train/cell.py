@@ -50,7 +50,7 @@ class Training:
     moments: dict[str | None, Moments] = field(default_factory=dict)
     """By pooling; filled by whoever needs them first."""
     pooled: dict[str, tuple[PooledRows, PooledRows]] = field(default_factory=dict)
-    """What the training and validation rows pool to, by pooling; each process finds them for itself."""
+    """What the training and validation rows pool to, by pooling; filled by whoever needs them first."""
 
     def steps(self, cell: CellName) -> int:
         """The most steps a cell may take."""
@@ -87,8 +87,10 @@ class Training:
         if pooling is None:
             return self.train, self.val
         if pooling not in self.pooled:
+            named = {"train": self.train, "val": self.val}
             train, val = (
-                pooled_rows(rows, pooling, skip=self.skip, folder=self.out) for rows in (self.train, self.val)
+                pooled_rows(rows, pooling, skip=self.skip, file=self.out / f".pooled-{pooling}-{name}.tmp")
+                for name, rows in named.items()
             )
             self.pooled[pooling] = train, val
         return self.pooled[pooling]

@@ -25,7 +25,7 @@ class TrainBatch(NamedTuple):
     """B rows of a split."""
 
     hidden: Tensor
-    """(B, T, D) in the storage dtype, or (B, K, T, D) for a mix of K layers, zero where padded."""
+    """(B, T, D), or (B, K, T, D) for a mix of K layers, zero where padded: in the storage dtype, pooled in float32."""
     mask: Tensor
     """(B, T) bool, True = real token."""
     target: Tensor

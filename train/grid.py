@@ -39,12 +39,13 @@ def train_heads(
     """Train every cell of a grid; cells that are there already are kept.
 
     On the CPU several cells are trained at once, each in a process of its own (`TrainSettings.workers`). The processes
-    share the system's cache of the shards and what is computed once: the moments of the hidden states. Each opens the
-    cache, and has its own interpreter, head, optimiser and batches.
+    share the system's cache of the shards and what is computed once: the moments of the hidden states, and what rows
+    pool to, in files in `out` while this runs. Each opens the cache, and has its own interpreter, head, optimiser and
+    batches.
 
     On the CPU, with the same number of threads, a cell's weights are the same bit for bit whether it is trained alone
     or in any grid, here or in any number of processes: each cell draws from a generator of its own, and cells share
-    nothing but the statistics of the rows.
+    nothing but what was computed from the rows.
 
     Args:
         cache: folder of the cache.
@@ -104,9 +105,16 @@ def _train(
     left = [cell for cell in grid if cell not in there]
     processes = _processes(training, grid)
     with _threads(_threads_each(training.settings, processes)) as threads:
+        if not left:
+            yield from there.items()
+            return
         if min(processes, len(left)) <= 1:
-            for cell in grid:
-                yield cell, there[cell] if cell in there else train_cell(training, cell, listener)
+            try:
+                for cell in grid:
+                    yield cell, there[cell] if cell in there else train_cell(training, cell, listener)
+            finally:
+                training.pooled.clear()  # a file that is mapped can not be removed on Windows
+                discard_unfinished(training.out)
             return
         yield from ((cell, there[cell]) for cell in grid if cell in there)
         costliest_first = sorted(left, key=lambda cell: (cell.head in CLOSED_FORM, -cell.depth))

@@ -75,7 +75,7 @@ class MixedHead(nn.Module):
 class _Mix(torch.autograd.Function):
     """Σ_k factors_k h_k + shift, row by row without padding: a row stays in the processor's cache, and is cheap there.
 
-    Gradients are those of the factors and the shift alone.
+    Gradients are those of the factors and the shift alone, and have none themselves.
     """
 
     @staticmethod
@@ -106,7 +106,9 @@ def _real_tokens(hidden: Tensor, mask: Tensor, other: Tensor, dtype: torch.dtype
     Where real tokens have padding among them, that is zero, and given as well.
     """
     B, K, T, D = hidden.shape
-    buffer = torch.empty(K, T, D, dtype=dtype)
+    if mask.numel() == 0:
+        return
+    buffer = hidden.new_empty((K, T, D), dtype=dtype)
     lengths, first = mask.sum(dim=1).tolist(), mask.int().argmax(dim=1).tolist()
     last = (T - 1 - mask.flip(1).int().argmax(dim=1)).tolist()
     for row in range(B):

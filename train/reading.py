@@ -64,7 +64,7 @@ def reader_for(
     # 6 with the queries. Forward alone: 1, and 2 with each. The gradient of the tokens is one product more for either.
     tokens, queries, once = (4, 6, 2) if training else (2, 2, 1)
     direct = depth * heads * D * (_ROW * torch.get_num_threads() * tokens * N + _QUERIES * queries * B * d)
-    if hidden.requires_grad:
+    if training and hidden.requires_grad:
         once, direct = once + 1, direct + 2 * depth * heads * N * D
     return (Direct if direct < once * N * D * d else Projected)(hidden, mask, weight, bias)
 
@@ -210,7 +210,8 @@ class Direct:
             shares, vectors = zip(*self._parts, strict=True)
             vectors = torch.cat(vectors, dim=1)
             for number, real in enumerate(self._real):
-                hidden[number, real] = torch.cat([step[number] for step in shares]).T @ vectors[number]
+                gradient = torch.cat([step[number] for step in shares]).T @ vectors[number]
+                hidden[number, real] = gradient.to(hidden.dtype)
         self._seen, self._parts = [], []
         return weight, bias, hidden
 

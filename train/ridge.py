@@ -1,4 +1,4 @@
-"""Ridge regression in closed form, from one pass over the cache: memory is D², however many rows there are."""
+"""Ridge regression in closed form, from one pass over pooled rows: memory is D², however many rows there are."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

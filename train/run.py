@@ -102,9 +102,9 @@ def save_run(
 
 
 def discard_unfinished(runs: Path) -> None:
-    """Remove what killed trainings left; only for the one who holds the folder's lock."""
+    """Remove what killed trainings left, and pooled rows; only for the one who holds the folder's lock."""
     for path in runs.iterdir():
-        if re.fullmatch(rf"\.{_CELL}(\.diverged\.json)?\.tmp", path.name):
+        if re.fullmatch(rf"\.({_CELL}(\.diverged\.json)?|pooled-.*)\.tmp", path.name):
             _discard(path)
 
 

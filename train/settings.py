@@ -29,8 +29,8 @@ LEARNING_RATES = {
     "attention": 1e-2,
 }
 WEIGHT_DECAYS = {"relish": 9.0, "linear": 9.0, "linear-last": 3.0, "mlp": 9.0, "mlp-last": 9.0, "attention": 3.0}
-"""Each head's own, by the same search for each on the validation rows of six pairs of data set and LLM
-(benchmarks/recipe-log.md, "The same budget for every head")."""
+"""These and the rates above: each head's own, by the same search for each on validation rows of six pairs of data set
+and LLM, two of them with more rows besides (benchmarks/recipe-log.md, "The same budget for every head")."""
 EPOCHS, LEAST_SEEN = 5, 10_000
 """Heads learn in five epochs, and from few rows in as many as it takes to see 10,000 (benchmarks/recipe-log.md)."""
 STEP_SCALE = 0.1

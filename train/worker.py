@@ -49,6 +49,7 @@ def _work(answers: BinaryIO) -> None:
         if training.config != setup.config:
             raise CacheError(f"the cache {setup.cache} was changed by another process; run the command again")
         training.moments.update(setup.moments)
+        training.pooled.update(setup.pooled)
         while True:
             cell = inbox.get()
             metrics = train_cell(training, cell, events)

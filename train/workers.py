@@ -24,6 +24,7 @@ from ..cache.errors import RunError
 from .cell import Training
 from .data import Moments
 from .heads import build_head
+from .pooled_rows import PooledRows
 from .progress import CellName, Listener
 from .run import discard_unfinished
 from .settings import CLOSED_FORM, TrainSettings
@@ -42,6 +43,7 @@ class Setup:
     config: dict[str, Any]
     """What the cache and the settings give; the process must come to the same."""
     moments: dict[str | None, Moments]
+    pooled: dict[str, tuple[PooledRows, PooledRows]]
     threads: int
 
 
@@ -181,16 +183,19 @@ def _deaf_to_signals() -> Iterator[None]:
 
 
 def _setup(training: Training, cells: Sequence[CellName], threads: int) -> Setup:
-    for cell in {cell.head: cell for cell in cells if cell.head not in CLOSED_FORM}.values():
+    for cell in {cell.head: cell for cell in cells}.values():
         with torch.device("meta"):  # draws nothing and takes no memory: it is only asked what it reads
             model = build_head(training.spec(cell))
-        training.moments_for(model)
+        if cell.head not in CLOSED_FORM:
+            training.moments_for(model)
+        training.rows_for(model)
     return Setup(
         cache=training.config["cache"],
         out=training.out,
         settings=replace(training.settings, device=str(training.device)),
         config=training.config,
         moments=training.moments,
+        pooled=training.pooled,
         threads=threads,
     )
 

@@ -146,6 +146,13 @@ def test_hidden_states_get_their_gradient_where_it_is_wanted(reader, padding):
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-9)
     assert not ours.grad[~mask].any()
 
+    head, half = a_head(dtype=torch.float32), hidden.bfloat16().requires_grad_()
+    head(half, mask).sum().backward()
+    assert half.grad.dtype == torch.bfloat16
+    whole = half.detach().float().requires_grad_()
+    head(whole, mask).sum().backward()
+    torch.testing.assert_close(half.grad.float(), whole.grad, rtol=1e-2, atol=1e-2)
+
 
 def test_a_surrounding_autocast_changes_nothing(reader):
     head, (hidden, mask) = a_head(dtype=torch.float32), a_batch(dtype=torch.float32)

@@ -105,18 +105,17 @@ def _train(
     left = [cell for cell in grid if cell not in there]
     processes = _processes(training, grid)
     with _threads(_threads_each(training.settings, processes)) as threads:
+        yield from ((cell, there[cell]) for cell in grid if cell in there)
         if not left:
-            yield from there.items()
             return
         if min(processes, len(left)) <= 1:
             try:
-                for cell in grid:
-                    yield cell, there[cell] if cell in there else train_cell(training, cell, listener)
+                for cell in left:
+                    yield cell, train_cell(training, cell, listener)
             finally:
                 training.pooled.clear()  # a file that is mapped can not be removed on Windows
                 discard_unfinished(training.out)
             return
-        yield from ((cell, there[cell]) for cell in grid if cell in there)
         costliest_first = sorted(left, key=lambda cell: (cell.head in CLOSED_FORM, -cell.depth))
         with closing(
             train_in_processes(training, costliest_first, listener, min(processes, len(left)), threads)

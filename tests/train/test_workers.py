@@ -86,6 +86,16 @@ def test_weights_are_the_same_bit_for_bit_alone_in_a_grid_and_in_any_number_of_p
     assert names(tmp_path / "two") == names(tmp_path / "one")
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_cells_of_the_folder_that_are_not_in_the_grid_are_not_heard_of(cache, tmp_path, workers):
+    train_heads(cache, tmp_path, TrainSettings(heads=("linear",), seeds=(0, 1), **SMALL))
+    one, heard = TrainSettings(heads=("linear",), seeds=(1,), workers=workers, **SMALL), Heard()
+    assert list(map(str, train_heads(cache, tmp_path, one, listener=heard).cells)) == ["linear-L0-seed1"]
+    assert [(what, str(cell), *rest) for what, cell, *rest in heard.events[1:]] == [
+        ("end", "linear-L0-seed1", "there already")
+    ]
+
+
 def test_a_script_without_a_main_guard_trains_in_processes(cache, tmp_path):
     script = tmp_path / "scripts" / "script.py"
     script.parent.mkdir()

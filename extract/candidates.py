@@ -119,6 +119,8 @@ def score_candidates(
     """
     import torch
 
+    from .token_scores import token_scores
+
     if not takes_trees(model):
         return _one_by_one(model, prompts, candidates, prefix, pad)
     nodes = answer_nodes(candidates)
@@ -147,14 +149,17 @@ def score_candidates(
         keep += range(last, last + 1 + len(nodes))
         total += len(rest.ids) + len(nodes)
     seen = prefix.fork() if prefix is not None else None
-    logits = tree_logits(model, Tokens.join(pieces), keep, seen=seen).float()
-    logits = logits.view(len(prompts), 1 + len(nodes), -1)
+    logits = tree_logits(model, Tokens.join(pieces), keep, seen=seen)
     steps = [
-        (place, number[tuple(c[:n].tolist())], int(c[n])) for place, c in enumerate(candidates) for n in range(len(c))
+        (place, (number[tuple(c[:n].tolist())], int(c[n]))) for place, c in enumerate(candidates) for n in range(len(c))
     ]
-    place, at, token = (torch.tensor(column, device=logits.device) for column in zip(*steps, strict=True))
-    log_p = logits[:, at, token] - logits.logsumexp(-1)[:, at]
-    return log_p.new_zeros(len(prompts), len(candidates)).index_add(1, place, log_p)
+    edges = sorted({edge for _, edge in steps})
+    at, token = torch.tensor(edges, device=logits.device).T
+    rows = torch.arange(len(prompts), device=logits.device)[:, None] * (1 + len(nodes)) + at
+    log_p = token_scores(logits, rows.flatten(), token.repeat(len(prompts))).view(len(prompts), -1)
+    place = torch.tensor([place for place, _ in steps], device=logits.device)
+    through = torch.tensor([edges.index(edge) for _, edge in steps], device=logits.device)
+    return log_p.new_zeros(len(prompts), len(candidates)).index_add(1, place, log_p[:, through])
 
 
 def _one_by_one(

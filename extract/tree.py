@@ -77,10 +77,10 @@ def last_tokens(trunk: Tokens, own: Sequence[Tokens]) -> list[int]:
 def pack_size(device: str) -> int:
     """Tokens that are best run at once on a kind of device, where they have no long beginning in common.
 
-    Each is compared with all others of its batch, though it sees its own row only: more of them would cost more than
-    they save.
+    On the CPU more of them gain little and take memory. Elsewhere each is compared with all others of its batch, though
+    it sees its own row only: more of them would cost more than they save.
     """
-    return 512 if device == "cpu" else 4096
+    return 1024 if device == "cpu" else 4096
 
 
 class Seen:
@@ -142,7 +142,7 @@ def tree_logits(model: Any, tokens: Tokens, keep: Sequence[int], *, seen: Seen |
     keys = Tokens.join([seen.tokens, tokens]) if seen is not None else tokens
     kept = torch.tensor(list(keep), device=model.device)
     more = {"past_key_values": seen.past, "use_cache": True} if seen is not None else {"use_cache": False}
-    logits = model(**_inputs(model, tokens, keys), logits_to_keep=kept, **more).logits[0]
+    logits = _run(model, tokens, keys, logits_to_keep=kept, **more).logits[0]
     if seen is not None:
         seen.tokens = keys
     return logits if len(logits) == len(kept) else logits[kept]
@@ -159,7 +159,7 @@ def tree_states(model: Any, tokens: Tokens, keep: Sequence[int]) -> "torch.Tenso
     Returns:
         (len(keep), D) in the compute dtype.
     """
-    return model(**_inputs(model, tokens, tokens), use_cache=False).last_hidden_state[0, list(keep)]
+    return _run(model, tokens, tokens, use_cache=False).last_hidden_state[0, list(keep)]
 
 
 def takes_trees(model: Any) -> bool:
@@ -212,14 +212,20 @@ def _same_as_alone(model: Any) -> bool:
             module.training = mode
 
 
-def _inputs(model: Any, tokens: Tokens, keys: Tokens) -> dict[str, Any]:
+def _run(model: Any, tokens: Tokens, keys: Tokens, **options: Any) -> Any:
     import torch
 
-    return {
-        "input_ids": torch.as_tensor(tokens.ids, device=model.device)[None],
-        "position_ids": torch.as_tensor(tokens.position, device=model.device)[None],
-        "attention_mask": _masks(model, tokens, keys),
-    }
+    from .tree_attention import attention_by_rows
+
+    masks = _masks(model, tokens, keys)
+    dense = list(masks.values()) if isinstance(masks, dict) else [masks]
+    with attention_by_rows(tokens.row, keys.row, dense, everyone=ALL):
+        return model(
+            input_ids=torch.as_tensor(tokens.ids, device=model.device)[None],
+            position_ids=torch.as_tensor(tokens.position, device=model.device)[None],
+            attention_mask=masks,
+            **options,
+        )
 
 
 def _masks(model: Any, queries: Tokens, keys: Tokens) -> Any:

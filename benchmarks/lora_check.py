@@ -131,7 +131,7 @@ def theirs(model: Path, settings: TuneSettings, splits: Splits, *, same_start: b
         ),
     )
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=settings.own_lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=0.0)
     train, val = splits["train"], splits["val"]
     mean, std = float(train.target.mean()), float(train.target.std())
 
@@ -151,7 +151,7 @@ def theirs(model: Path, settings: TuneSettings, splits: Splits, *, same_start: b
         adapted.train()
         for batch in epoch_batches(len(train), settings.batch_size, settings.seed, epoch):
             for group in optimizer.param_groups:
-                group["lr"] = settings.own_lr * warmup_cosine(step, settings.epochs * per_epoch)
+                group["lr"] = settings.lr * warmup_cosine(step, settings.epochs * per_epoch)
             target = torch.from_numpy((train.target[batch] - mean) / std).float()
             loss = nn.functional.mse_loss(forward(train.of(batch)), target)
             optimizer.zero_grad()

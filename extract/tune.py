@@ -128,7 +128,7 @@ def _tune(
     parameters = {name: value for name, value in adapted.named_parameters() if value.requires_grad}
     if method.head is not None:
         parameters |= {f"head.{name}": value for name, value in method.head.named_parameters()}
-    optimizer = torch.optim.AdamW(list(parameters.values()), lr=settings.own_lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(list(parameters.values()), lr=settings.lr, weight_decay=0.0)
     state = TuneState(parameters, optimizer)
     if (folder / CHECKPOINT).exists():
         state.load(folder / CHECKPOINT)
@@ -270,7 +270,7 @@ def _setup(
             "alpha": settings.alpha,
             "dropout": settings.dropout,
             "epochs": settings.epochs,
-            "lr": settings.own_lr,
+            "lr": settings.lr,
             "batch_size": settings.batch_size,
             "loss": settings.own_loss,
             "seed": settings.seed,

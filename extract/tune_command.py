@@ -53,7 +53,7 @@ def tune(
     alpha: Annotated[int, typer.Option(help="They are scaled by alpha / rank.")] = 16,
     dropout: Annotated[float, typer.Option(help="On their input, in training.")] = 0.05,
     epochs: Annotated[int, typer.Option(help="Passes over the training rows; the best is kept.")] = 3,
-    lr: Annotated[float | None, typer.Option(help="Highest learning rate; default the method's own, 3e-4.")] = None,
+    lr: Annotated[float, typer.Option(help="Highest learning rate; LLMs of billions may want less.")] = 1e-3,
     batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 16,
     loss: Annotated[str | None, typer.Option(help="Of the method lora: mse (default) or huber.")] = None,
     rows: Annotated[

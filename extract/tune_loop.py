@@ -102,7 +102,7 @@ def tune(
         model.train()
         for batch in epoch_batches(len(train), settings.batch_size, settings.seed, epoch)[begin:]:
             for group in state.optimizer.param_groups:
-                group["lr"] = settings.own_lr * warmup_cosine(state.step, steps)
+                group["lr"] = settings.lr * warmup_cosine(state.step, steps)
             torch.manual_seed(_seed_of(settings.seed, state.step))
             target = torch.from_numpy(train.target[batch]).float().to(device)
             rows = train.of(batch)

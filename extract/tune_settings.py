@@ -13,8 +13,6 @@ METHODS = {
 """Methods by name, and what each learns by."""
 
 LOSSES = ("huber", "mse")
-LEARNING_RATES = {"lora": 3e-4, "raft": 3e-4}
-"""Each method's default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +30,8 @@ class TuneSettings(TextSettings):
 
     epochs: int = 3
     """Passes over the training rows; the weights of the one with the lowest validation NRMSE are kept."""
-    lr: float | None = None
-    """Highest learning rate of AdamW; None for the method's own (LEARNING_RATES)."""
+    lr: float = 1e-3
+    """Highest learning rate of AdamW."""
     batch_size: int = 16
     """Rows per step."""
     loss: str | None = None
@@ -47,7 +45,7 @@ class TuneSettings(TextSettings):
         super().__post_init__()
         one_of("method", self.method, tuple(METHODS))
         at_least_1(self, "rank", "alpha", "epochs", "batch_size", "rows")
-        if self.lr is not None and not 0 < self.lr < math.inf:
+        if not 0 < self.lr < math.inf:
             raise SettingsError(f"lr must be a number above 0, not {self.lr}")
         if not 0 <= self.dropout < 1:
             raise SettingsError(f"dropout must be at least 0 and below 1, not {self.dropout}")
@@ -59,11 +57,6 @@ class TuneSettings(TextSettings):
             one_of("loss", self.loss, LOSSES)
             if self.method != "lora":
                 raise SettingsError(f"the method {self.method} has a loss of its own; leave --loss out")
-
-    @property
-    def own_lr(self) -> float:
-        """The learning rate it comes to."""
-        return self.lr if self.lr is not None else LEARNING_RATES[self.method]
 
     @property
     def own_loss(self) -> str:

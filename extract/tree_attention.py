@@ -45,7 +45,7 @@ class _Group:
     asks: tuple[int, int]
     """R and t."""
     sees: int
-    """s"""
+    """R · s"""
     hidden: dict[int, Tensor]
     """(R, 1, t, c + s) bool, True = not seen, by the address of the dense mask that says the same."""
 
@@ -90,24 +90,25 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, layout: _Layout, mask: in
     heads, kinds = query.shape[1], key.shape[1]
     queries = _take(query, layout.asking, layout.asked).split([R * t for R, t in (one.asks for one in layout.groups)])
     pairs = [_take(x, layout.seen, layout.shown) for x in (key, value)]
-    sizes = [layout.common, *(one.asks[0] * one.sees for one in layout.groups)]
+    sizes = [layout.common, *(one.sees for one in layout.groups)]
     (all_keys, *keys), (all_values, *values) = (x.split(sizes) for x in pairs)
     found = []
     for group, q, own_keys, own_values in zip(layout.groups, queries, keys, values, strict=True):
         R, t = group.asks
         q = q.view(R, t, kinds, heads // kinds, -1).permute(0, 2, 3, 1, 4).flatten(2, 3)  # (R, K, H/K · t, ·)
-        k, v = (
-            torch.cat([all_see.expand(R, *all_see.shape), own.view(R, group.sees, *own.shape[1:])], dim=1).transpose(
-                1, 2
-            )
-            for all_see, own in ((all_keys, own_keys), (all_values, own_values))
-        )
+        k, v = (_beside(*parts, R) for parts in ((all_keys, own_keys), (all_values, own_values)))
         # Scores in float32, as within the fused attention.
         scores = (q.float() * (scale or q.shape[-1] ** -0.5)) @ k.float().transpose(2, 3)
         scores = scores.view(R, heads, t, -1).masked_fill(group.hidden[mask], -torch.inf)
         mixed = scores.softmax(-1).to(v.dtype).view(*q.shape[:3], -1) @ v
         found.append(mixed.view(R, heads, t, -1).transpose(1, 2).flatten(0, 1))
     return _Take.apply(torch.cat(found), layout.asked, layout.asking, layout.filled).transpose(0, 1)[None]
+
+
+def _beside(all_see: Tensor, own: Tensor, R: int) -> Tensor:
+    """(c, K, ·) and (R · s, K, ·) to (R, K, c + s, ·)."""
+    own = own.view(R, len(own) // R, *own.shape[1:])
+    return torch.cat([all_see.expand(R, *all_see.shape), own], dim=1).transpose(1, 2)
 
 
 def _take(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
@@ -159,7 +160,7 @@ def _lay_out(asking: np.ndarray, seen: np.ndarray, masks: Sequence[Tensor], ever
     key, empty = np.concatenate([common, key]), np.concatenate([np.zeros(len(common), dtype=bool), empty])
     return _Layout(
         [
-            _Group((R, t), s, {_address(mask): _hidden(mask[0, 0], common, ask, *see) for mask in masks})
+            _Group((R, t), R * s, {_address(mask): _hidden(mask[0, 0], common, ask, *see) for mask in masks})
             for (R, t, s), (ask, _), see in zip(shapes, asks, sees, strict=True)
         ],
         asking=torch.from_numpy(query),

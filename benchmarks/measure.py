@@ -187,7 +187,7 @@ def save(path: Path | None, result: dict[str, Any]) -> None:
         path.write_text(json.dumps({**result, "machine": machine()}, indent=2) + "\n", encoding="utf-8")
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
+def table(header: Sequence[str], rows: Sequence[Sequence[object]], *, figures: bool = False) -> str:
+    """A Markdown table; with figures, all columns but the first are aligned to the right."""
+    lines = [header, ["---", *(["---:" if figures else "---"] * (len(header) - 1))], *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

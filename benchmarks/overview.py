@@ -33,6 +33,13 @@ NAMES = {
     "RELISH hybrid, chosen": "RELISH on tuned states, which by validation",
 }
 """Methods as `relish compare` calls them, and as people do, in the order of the tables."""
+TITLES = {
+    "gemma-3-270m": "Gemma 3 270M",
+    "sick": "SICK",
+    "stsb": "STS-B",
+    **{f"wmt-{pair}": f"WMT {pair}" for pair in ("en-zh", "ru-en", "si-en")},
+}
+"""Data sets and LLMs, likewise."""
 LEFT_OUT = ("rail-median", "rail-samples-median", "rail-sum")
 """How names of methods begin that are in comparison.md alone: those for the absolute error, and those that are
 stepping stones. Any other that has no name here is shown as it is called."""
@@ -47,8 +54,8 @@ def overview(comparison: dict[str, Any]) -> str:
     for backbone in comparison["backbones"]:
         places = [place for place in comparison["places"] if place["backbone"] == backbone]
         columns = [_column(place, comparison) for place in places]
-        heads = ["Method", *(place["dataset"] for place in places)]
-        parts.append(f"**{backbone}**\n\n{table(heads, _rows(columns))}\n")
+        heads = ["Method", *(_title(place["dataset"]) for place in places)]
+        parts.append(f"**{_title(backbone)}**\n\n{table(heads, _rows(columns), figures=True)}\n")
     if len(comparison["datasets"]) > 1:
         parts.append(f"Macro averages × 100, of what was run everywhere:\n\n{_macro(comparison['macro'])}\n")
     for pair in dict.fromkeys((duel["contender"], duel["opponent"]) for duel in comparison["best_rival"]):
@@ -70,7 +77,7 @@ def _duels(duels: Sequence[dict[str, Any]]) -> str:
                 best = {metric: text for metric, text in texts.items() if _of(here, metric=metric, outcome=ahead)}
                 by_method[NAMES.get(method, method)] = _joined(texts, best)
             sides.append("; ".join(f"{method} {figures}" for method, figures in by_method.items()))
-        lines.append([*place, *sides])
+        lines.append([*map(_title, place), *sides])
     return table(["data", "LLM", "RELISH", "rival"], lines)
 
 
@@ -93,7 +100,8 @@ def _macro(averages: Sequence[dict[str, Any]]) -> str:
         best = {metric: _text(_best([method[metric] for method in methods], metric), 100) for metric in METRICS}
         texts = {method["method"]: {metric: _text(method[metric], 100) for metric in METRICS} for method in methods}
         columns.append({name: _joined(figures, best) for name, figures in texts.items()})
-    return table(["Method", *(average["backbone"] or "all" for average in ordered)], _rows(columns))
+    heads = ["Method", *(_title(average["backbone"] or "all") for average in ordered)]
+    return table(heads, _rows(columns), figures=True)
 
 
 def _column(place: dict[str, Any], comparison: dict[str, Any]) -> dict[str, str]:
@@ -111,6 +119,10 @@ def _column(place: dict[str, Any], comparison: dict[str, Any]) -> dict[str, str]
         behind = r"\*" if outcomes.get("nrmse") == "win" else ""
         cells[method["method"]] = _joined(texts, best, marks) + behind + (" ‡" if method["method"] in chosen else "")
     return cells
+
+
+def _title(name: str) -> str:
+    return TITLES.get(name, name)
 
 
 def _best(values: Sequence[float | None], metric: str) -> float | None:

@@ -112,6 +112,9 @@ def main() -> None:
     parser.add_argument("--backbones", default=",".join(BACKBONES))
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--rows", default="5000,500,1000", help="rows of train, val and test")
+    parser.add_argument(
+        "--rates", default=",".join(Plan.rates), help="of tuning, to choose from; a single one is taken"
+    )
     parser.add_argument("--compute-dtype", default="auto", help="of the LLM, as relish extract has it")
     parser.add_argument("--kept", type=Path, help="folder for the reports of what is finished; taken from there, too")
     parser.add_argument("--jobs", type=int, default=1, help="commands at once; one leaves a GPU idle for the most")
@@ -130,6 +133,7 @@ def main() -> None:
     counts = dict(zip(("train", "val", "test"), map(int, given.rows.split(",")), strict=True))
     plan = Plan(
         counts,
+        rates=tuple(given.rates.split(",")),
         search=("--rows", "1000") if counts["train"] > 1000 else (),
         compute=("--compute-dtype", given.compute_dtype),
     )

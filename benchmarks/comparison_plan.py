@@ -139,8 +139,10 @@ class Search:
     """On what it is searched."""
 
     def steps(self) -> list[Step]:
-        """What has to be run, if anything: rates that are not noted yet."""
+        """What has to be run, if anything: rates that are not noted yet, where there is a choice."""
         found = []
+        if len(self.rates) == 1:
+            return found
         noted = self._read()
         for method in METHODS:
             for rate in self.rates:
@@ -154,6 +156,8 @@ class Search:
 
     def rate(self, method: str) -> list[str]:
         """The option that gives a method the best of its rates."""
+        if len(self.rates) == 1:
+            return ["--lr", *self.rates]
         with _CHOOSING:
             noted = self._read()
             found = {name: {**self._figures(name), **noted.get(name, {})} for name in METHODS}

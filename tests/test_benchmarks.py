@@ -203,6 +203,14 @@ def test_rates_that_are_noted_are_not_searched_again(tmp_path, monkeypatch):
     assert len(replace(search, told="200 rows").steps()) == 6
 
 
+def test_a_single_rate_is_taken_without_a_search(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from comparison_plan import Search
+
+    search = Search(tmp_path / "search", "tiny", [], ("1e-3",), (), tmp_path / "rates.json", "100 rows")
+    assert (search.steps(), search.rate("raft"), search.noted.exists()) == ([], ["--lr", "1e-3"], False)
+
+
 def test_what_comparison_cannot_do_is_said():
     for wrong, said in (
         (("--tasks", "foo"), "the tasks are stsb, sick, wmt-en-zh, wmt-ru-en, wmt-si-en; got 'foo'"),

@@ -112,9 +112,7 @@ def main() -> None:
     parser.add_argument("--backbones", default=",".join(BACKBONES))
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--rows", default="5000,500,1000", help="rows of train, val and test")
-    parser.add_argument(
-        "--rates", default=",".join(Plan.rates), help="of tuning, to choose from; a single one is taken"
-    )
+    parser.add_argument("--rates", default=",".join(Plan.rates), help="of tuning; one is used without a search")
     parser.add_argument("--compute-dtype", default="auto", help="of the LLM, as relish extract has it")
     parser.add_argument("--kept", type=Path, help="folder for the reports of what is finished; taken from there, too")
     parser.add_argument("--jobs", type=int, default=1, help="commands at once; one leaves a GPU idle for the most")
@@ -130,6 +128,8 @@ def main() -> None:
             parser.error(f"the {name} are {', '.join(known)}; got {getattr(given, name)!r}")
     if not re.fullmatch(r"\d+,\d+,\d+", given.rows):
         parser.error(f"--rows takes three numbers, of train, val and test, such as 2000,250,500; got {given.rows}")
+    if not re.fullmatch(r"[\d.]+(e-?\d+)?(,[\d.]+(e-?\d+)?)*", given.rates):
+        parser.error(f"--rates takes learning rates, such as 3e-4,1e-3; got {given.rates!r}")
     counts = dict(zip(("train", "val", "test"), map(int, given.rows.split(",")), strict=True))
     plan = Plan(
         counts,
@@ -167,7 +167,7 @@ def main() -> None:
             cell = Cell(work / task / backbone, f"{task}-{backbone}", model, *sources)
             for part, target in targets.items():
                 if part == "tuned":
-                    source = sourced(model, SEARCHED, drawn(SEARCHED), plan)
+                    source = sourced(model, SEARCHED, drawn(SEARCHED), plan) if len(plan.rates) > 1 else []
                     more = (*plan.tune, *plan.search)
                     options = shlex.join([*plan.compute, *more])
                     told = f"{plan.rows['train']} training and {plan.rows['val']} validation rows {options}"

@@ -164,7 +164,7 @@ class Search:
             if found != noted:
                 self.noted.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(self.noted, json.dumps({"search": self.told, **found}, indent=2) + "\n")
-        known = {rate: nrmse for rate, nrmse in found[method].items() if nrmse is not None}
+        known = {rate: nrmse for rate, nrmse in found[method].items() if rate in self.rates and nrmse is not None}
         if not known:
             raise SystemExit(f"no rate of {method} gave an adapter; see the logs of the search")
         return ["--lr", min(known, key=known.__getitem__)]

@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, nargs="?", help="folder of STS-B's train.csv, dev.csv and test.csv")
     parser.add_argument("--rows", default="1000,500,1000", help="rows of train, dev and test")
     parser.add_argument("--epochs", type=int, default=TuneSettings.epochs)
-    parser.add_argument("--lr", type=float)
+    parser.add_argument("--lr", type=float, default=TuneSettings.lr)
     parser.add_argument("--seeds", type=int, default=1, help="how many")
     parser.add_argument("--same-start", action="store_true", help="the same first weights, no dropout")
     given = parser.parse_args()

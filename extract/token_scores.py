@@ -26,7 +26,7 @@ def token_scores(logits: Tensor, row: Tensor, token: Tensor) -> Tensor:
 class _TokenScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, row: Tensor, token: Tensor) -> Tensor:
-        total = torch.empty(len(logits), device=logits.device)
+        total = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
         for part, out in zip(_parts(logits), total.split(_rows(logits)), strict=True):
             values = part.to(torch.float32, copy=True)
             largest = values.amax(-1)

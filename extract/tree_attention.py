@@ -65,6 +65,8 @@ class _Layout:
     """(c + Σ R · s,) int64, which token is seen there: what all see, then each block's own, filled up as well."""
     shown: Tensor
     """(m,) int64, where each token is seen."""
+    unseen: Tensor | None
+    """(m,) bool, True for those of rows that ask nothing any more, which have no such place; None without any."""
     common: int
     """c"""
 
@@ -78,9 +80,10 @@ class _ByRows(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
         if func is torch.nn.functional.scaled_dot_product_attention and len(args) == 3 and not given.get("dropout_p"):
-            mask, sizes = given.get("attn_mask"), (len(self.layout.asked), len(self.layout.shown))
-            if mask is not None and _address(mask) in self.masks and mask.shape[2:] == sizes:
-                query, key, value = args
+            query, key, value = args
+            mask, shape = given.get("attn_mask"), (1, 1, len(self.layout.asked), len(self.layout.shown))
+            fits = (len(query), len(key), query.shape[2], key.shape[2]) == shape
+            if fits and mask is not None and mask.shape == shape and _address(mask) in self.masks:
                 return _attend(query, key, value, self.layout, _address(mask), given.get("scale"))
         return func(*args, **given)
 
@@ -88,8 +91,10 @@ class _ByRows(TorchFunctionMode):
 def _attend(query: Tensor, key: Tensor, value: Tensor, layout: _Layout, mask: int, scale: float | None) -> Tensor:
     """What `scaled_dot_product_attention` gives for (1, H, n, ·), (1, K, m, ·) and (1, K, m, ·), H a multiple of K."""
     heads, kinds = query.shape[1], key.shape[1]
-    queries = _take(query, layout.asking, layout.asked).split([R * t for R, t in (one.asks for one in layout.groups)])
-    pairs = [_take(x, layout.seen, layout.shown) for x in (key, value)]
+    queries = _take(query, layout.asking, layout.asked, None).split(
+        [R * t for R, t in (one.asks for one in layout.groups)]
+    )
+    pairs = [_take(x, layout.seen, layout.shown, layout.unseen) for x in (key, value)]
     sizes = [layout.common, *(one.sees for one in layout.groups)]
     (all_keys, *keys), (all_values, *values) = (x.split(sizes) for x in pairs)
     found = []
@@ -97,8 +102,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, layout: _Layout, mask: in
         R, t = group.asks
         q = q.view(R, t, kinds, heads // kinds, -1).permute(0, 2, 3, 1, 4).flatten(2, 3)  # (R, K, H/K · t, ·)
         k, v = (_beside(*parts, R) for parts in ((all_keys, own_keys), (all_values, own_values)))
-        # Scores in float32, as within the fused attention.
-        scores = (q.float() * (scale or q.shape[-1] ** -0.5)) @ k.float().transpose(2, 3)
+        # Scores in float32 at least, as within the fused attention.
+        kind = torch.promote_types(q.dtype, torch.float32)
+        scores = (q.to(kind) * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.to(kind).transpose(2, 3)
         scores = scores.view(R, heads, t, -1).masked_fill(group.hidden[mask], -torch.inf)
         mixed = scores.softmax(-1).to(v.dtype).view(*q.shape[:3], -1) @ v
         found.append(mixed.view(R, heads, t, -1).transpose(1, 2).flatten(0, 1))
@@ -111,9 +117,9 @@ def _beside(all_see: Tensor, own: Tensor, R: int) -> Tensor:
     return torch.cat([all_see.expand(R, *all_see.shape), own], dim=1).transpose(1, 2)
 
 
-def _take(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+def _take(x: Tensor, index: Tensor, inverse: Tensor, without: Tensor | None) -> Tensor:
     """(1, H, n, ·) to (len(index), H, ·)."""
-    return _Take.apply(x[0].transpose(0, 1), index, inverse, None)
+    return _Take.apply(x[0].transpose(0, 1), index, inverse, without)
 
 
 class _Take(torch.autograd.Function):
@@ -141,9 +147,6 @@ def _lay_out(asking: np.ndarray, seen: np.ndarray, masks: Sequence[Tensor], ever
     rows = [
         (np.flatnonzero(asking == row), np.flatnonzero(seen == row)) for row in np.unique(asking[asking != everyone])
     ]
-    # Rows that ask nothing any more have no block in which their tokens could be seen.
-    if len(seen) != len(common) + sum(len(sees) for _, sees in rows):
-        return None
     groups = [[(first, common[:0])]] if len(first) else []
     for row in sorted(rows, key=lambda row: -len(row[0])):
         longest = groups[-1][0][0] if groups else first
@@ -151,13 +154,15 @@ def _lay_out(asking: np.ndarray, seen: np.ndarray, masks: Sequence[Tensor], ever
             groups.append([])
         groups[-1].append(row)
     shapes = [(len(group), len(group[0][0]), max(len(sees) for _, sees in group)) for group in groups]
-    if len(asking) * len(seen) < _WORTH * sum(R * t * (len(common) + s) for R, t, s in shapes):
+    if len(asking) * len(seen) <= _WORTH * sum(R * t * (len(common) + s) for R, t, s in shapes):
         return None
     asks = [_padded([asks for asks, _ in group], t) for group, (_, t, _) in zip(groups, shapes, strict=True)]
     sees = [_padded([sees for _, sees in group], s) for group, (_, _, s) in zip(groups, shapes, strict=True)]
     query, filled = (np.concatenate([part.ravel() for part in parts]) for parts in zip(*asks, strict=True))
     key, empty = (np.concatenate([part.ravel() for part in parts]) for parts in zip(*sees, strict=True))
     key, empty = np.concatenate([common, key]), np.concatenate([np.zeros(len(common), dtype=bool), empty])
+    shown = _inverse(key, empty, len(seen))
+    unseen = torch.from_numpy(shown < 0)
     return _Layout(
         [
             _Group((R, t), R * s, {_address(mask): _hidden(mask[0, 0], common, ask, *see) for mask in masks})
@@ -165,9 +170,10 @@ def _lay_out(asking: np.ndarray, seen: np.ndarray, masks: Sequence[Tensor], ever
         ],
         asking=torch.from_numpy(query),
         filled=torch.from_numpy(filled),
-        asked=torch.from_numpy(_inverse(query, filled)),
+        asked=torch.from_numpy(_inverse(query, filled, len(asking))),
         seen=torch.from_numpy(key),
-        shown=torch.from_numpy(_inverse(key, empty)),
+        shown=torch.from_numpy(shown).clamp(min=0),
+        unseen=unseen if unseen.any() else None,
         common=len(common),
     )
 
@@ -190,13 +196,13 @@ def _hidden(mask: Tensor, common: np.ndarray, query: np.ndarray, key: np.ndarray
     return hidden[:, None]
 
 
-def _inverse(places: np.ndarray, filled: np.ndarray) -> np.ndarray:
-    """Where each place lies, which is once where nothing is filled up."""
+def _inverse(places: np.ndarray, filled: np.ndarray, size: int) -> np.ndarray:
+    """Where each of `size` places lies, which is at most once where nothing is filled up; -1 for nowhere."""
     at = np.flatnonzero(~filled)
-    found = np.empty(len(at), dtype=np.int64)
+    found = np.full(size, -1, dtype=np.int64)
     found[places[at]] = at
     return found
 
 
 def _address(mask: Tensor) -> int:
-    return mask.untyped_storage().data_ptr()
+    return mask.data_ptr()

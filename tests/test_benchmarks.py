@@ -200,6 +200,7 @@ def test_rates_that_are_noted_are_not_searched_again(tmp_path, monkeypatch):
     assert (search.rate("lora"), search.rate("raft")) == (["--lr", "3e-3"], ["--lr", "1e-4"])
     assert json.loads(noted.read_text())["lora"] == {"1e-4": 0.3, "1e-3": None, "3e-3": 0.2}
     assert search.steps() == []
+    assert replace(search, rates=("1e-4", "1e-3")).rate("lora") == ["--lr", "1e-4"]
     assert len(replace(search, told="200 rows").steps()) == 6
 
 
@@ -220,6 +221,7 @@ def test_what_comparison_cannot_do_is_said():
             ("--rows", "2000,250"),
             "--rows takes three numbers, of train, val and test, such as 2000,250,500; got 2000,250",
         ),
+        (("--rates", "1e-3,"), "--rates takes learning rates, such as 3e-4,1e-3; got '1e-3,'"),
     ):
         command = [sys.executable, BENCHMARKS / "comparison.py", "work", "--data", "data", *wrong]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)

@@ -60,7 +60,9 @@ def overview(comparison: dict[str, Any]) -> str:
         parts.append(f"Macro averages × 100, of what was run everywhere:\n\n{_macro(comparison['macro'])}\n")
     for pair in dict.fromkeys((duel["contender"], duel["opponent"]) for duel in comparison["best_rival"]):
         duels = _of(comparison["best_rival"], contender=pair[0], opponent=pair[1])
-        parts.append(f"{pair[0]}, against the {pair[1]}; bold is significantly ahead:\n\n{_duels(duels)}\n")
+        parts.append(
+            f"{NAMES.get(pair[0], pair[0])}, against the {pair[1]}; bold is significantly ahead:\n\n{_duels(duels)}\n"
+        )
     return "\n".join(parts)
 
 

@@ -123,7 +123,7 @@ def _take(x: Tensor, index: Tensor, inverse: Tensor, without: Tensor | None) -> 
 
 
 class _Take(torch.autograd.Function):
-    """x[index], where each place's gradient is that of one of the results: torch's own adds them up one by one."""
+    """x[index], where each place's gradient is that of one result, or 0: torch's own adds up all, one by one."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, without: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .adamw import AdamW
+from .average import AveragedWeights
 from .data import Readable, read_ahead, shuffled_batches
 from .heads import Head
 from .metrics import score
@@ -56,10 +57,11 @@ def train_head(
     on_epoch: Callable[[EpochRecord], None],
     on_step: Callable[[int], None],
 ) -> list[EpochRecord]:
-    """Train a head in place and leave it with the weights of its best epoch.
+    """Train a head in place and leave it with the averaged weights of its best epoch.
 
     AdamW; learning rate up in a straight line, then down along a cosine; gradients clipped at norm 1; Huber (δ = 1) or
-    squared error on standardised targets. Stops early once the validation NRMSE has not improved for `patience` epochs.
+    squared error on standardised targets. What predicts is the average of the weights over the latest steps. Stops
+    early once the validation NRMSE has not improved for `patience` epochs.
 
     Args:
         head: with its scales set; on `device`.
@@ -90,6 +92,7 @@ def train_head(
     loss_of = nn.HuberLoss() if settings.loss == "huber" else nn.MSELoss()
     on_cuda = device.type == "cuda"
     step = RecordedSteps(head, optimizer, loss_of) if on_cuda else partial(take_step, head, optimizer, loss_of)
+    average = AveragedWeights(head, power=recipe.averaging_power)
     history: list[EpochRecord] = []
     best, best_state = math.inf, copy.deepcopy(head.state_dict())
     done = 0
@@ -100,11 +103,13 @@ def train_head(
         for batch in read_ahead(train, shuffled_batches(train, settings.batch_size, generator), pinned=on_cuda):
             losses.append(step(batch, lr=recipe.lr * factor(done)))
             done += 1
+            average.look(done)
             on_step(done)
             if done % _CHECK == 0 and not torch.stack(losses[-_CHECK:]).isfinite().all():
                 raise Diverged(f"the loss was no longer finite by step {done}")
         mean_loss = torch.stack(losses).mean().item()
-        predictions = predict_rows(head, val, device)
+        average.take(done)
+        predictions = predict_rows(average.head, val, device)
         if not (math.isfinite(mean_loss) and np.isfinite(predictions).all()):
             raise Diverged(f"the loss was no longer finite by step {done}")
         figures = score(val.target, predictions, label_range)
@@ -112,7 +117,7 @@ def train_head(
         history.append(EpochRecord(epoch, mean_loss, figures["nrmse"], figures["pearson"], seconds))
         on_epoch(history[-1])
         if figures["nrmse"] < best:
-            best, best_state = figures["nrmse"], copy.deepcopy(head.state_dict())
+            best, best_state = figures["nrmse"], copy.deepcopy(average.head.state_dict())
         elif epoch - best_epoch(history) >= recipe.patience:
             break
     head.load_state_dict(best_state)

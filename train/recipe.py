@@ -4,7 +4,16 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from .settings import CLOSED_FORM, EPOCHS, LEARNING_RATES, LEAST_SEEN, STEP_SCALE, WEIGHT_DECAYS, TrainSettings
+from .settings import (
+    AVERAGING_POWER,
+    CLOSED_FORM,
+    EPOCHS,
+    LEARNING_RATES,
+    LEAST_SEEN,
+    STEP_SCALE,
+    WEIGHT_DECAYS,
+    TrainSettings,
+)
 
 
 @dataclass(frozen=True)
@@ -19,6 +28,8 @@ class Recipe:
     """Passes over the training rows, at most."""
     patience: int
     """Epochs without a better validation NRMSE before a cell stops."""
+    averaging_power: float
+    """Of the average of the weights (train/average.py): runs from before it have none."""
     step_scale: float | None
     """Of relish, see STEP_SCALE: runs from before it did not begin the same way."""
     principal_axes: bool | None
@@ -39,6 +50,7 @@ def own_recipe(settings: TrainSettings, head: str, rows: int) -> Recipe | None:
         weight_decay=settings.weight_decay if settings.weight_decay is not None else WEIGHT_DECAYS[head],
         epochs=epochs,
         patience=settings.patience or math.ceil(3 / 5 * epochs),
+        averaging_power=AVERAGING_POWER,
         step_scale=STEP_SCALE if head == "relish" else None,
         principal_axes=settings.standardise if head == "relish" else None,
     )

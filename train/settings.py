@@ -33,6 +33,9 @@ WEIGHT_DECAYS = {"relish": 9.0, "linear": 9.0, "linear-last": 3.0, "mlp": 9.0, "
 and LLM, two of them with more rows besides (benchmarks/recipe-log.md, "The same budget for every head")."""
 EPOCHS, LEAST_SEEN = 5, 10_000
 """Heads learn in five epochs, and from few rows in as many as it takes to see 10,000 (benchmarks/recipe-log.md)."""
+AVERAGING_POWER, AVERAGE_EVERY = 8.0, 8
+"""What predicts is an average of a head's weights over its steps, the later ones by the power more (train/average.py);
+every so many steps are looked at, which costs an eighth and gives the same (benchmarks/recipe-log.md)."""
 STEP_SCALE = 0.1
 """What a refinement step of relish adds to the latent state begins at so small a share of torch's usual weights."""
 

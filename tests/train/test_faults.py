@@ -89,7 +89,7 @@ def test_a_loss_that_is_no_longer_finite_ends_the_cell_within_the_epoch(cache, m
             train,
             val,
             settings=settings,
-            recipe=Recipe(lr=1e-3, weight_decay=1.0, epochs=1, patience=1, step_scale=None, principal_axes=None),
+            recipe=Recipe(1e-3, 1.0, epochs=1, patience=1, averaging_power=8.0, step_scale=None, principal_axes=None),
             seed=0,
             label_range=(0, 5),
             device=torch.device("cpu"),

@@ -10,23 +10,33 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .tree import Seen, Tokens, plant, takes_trees, tree_logits
+from .tree import Seen, Tokens, branch_bits, plant, takes_trees, tree_logits
 
 if TYPE_CHECKING:
     import torch
 
-MOST = 21
-"""Values of a grid at most: each costs forward passes over its tokens for every row."""
-_ONE_DECIMAL = 20  # labels on a wider range are written as integers
+_WRITTEN, _TRAINED = 101, 21  # values of a grid at most; each costs the LLM its tokens, for every row
 
 
 def candidate_scores(label_range: tuple[float, float]) -> list[float]:
-    """An even grid over the label range: the multiples of the smallest nice step (1, 2 or 5 times a power of ten).
+    """All scores that `format_score` writes: what examples answer is among what an LLM is asked about.
 
-    At most 21 values: [0, 5] in steps of 0.5, [1, 5] of 0.2, [0, 100] of 5. The ends of a range are always in, as
-    `format_score` writes them, also where they are no multiples of the step.
+    An even grid over the label range of at most 101 values: [0, 5] and [1, 5] in steps of 0.1, [0, 100] of 1. The ends
+    of a range are always in, as `format_score` writes them, also where they are no multiples of the step.
     """
-    step = _step(label_range)
+    return _grid(label_range, _step(label_range, _WRITTEN, (1,)))
+
+
+def trained_scores(label_range: tuple[float, float]) -> list[float]:
+    """The scores that RAFT trains through, and that an LLM tuned by it is asked about: a coarser grid.
+
+    The multiples of the smallest nice step (1, 2 or 5 times a power of ten) with at most 21 values, and the ends: an
+    LLM that is tuned learns to answer on any grid, and a step of training costs three passes over all of it.
+    """
+    return _grid(label_range, _step(label_range, _TRAINED, (1, 2, 5)))
+
+
+def _grid(label_range: tuple[float, float], step: Decimal) -> list[float]:
     low, high = (Decimal(repr(float(end))) for end in label_range)
     first = -(-low // step)
     if first * step < low:  # Decimal's // rounds towards zero
@@ -39,20 +49,18 @@ def candidate_scores(label_range: tuple[float, float]) -> list[float]:
 def format_score(value: float, label_range: tuple[float, float]) -> str:
     """A score as a prompt and an answer write it: "3.5", "3", "67".
 
-    One decimal where the range is at most 20 wide, none beyond, and on a narrow range as many as the steps of
-    `candidate_scores` need. Zeros at the end are left out, as people and LLMs do.
+    Rounded to the power of ten with at most 101 multiples in the range: 0.1 on [0, 5], 1 on [0, 100], 0.01 on [0, 1].
+    Zeros behind the point are left out, as people and LLMs do.
     """
-    low, high = label_range
-    needed = -int(_step(label_range).as_tuple().exponent)
-    decimals = max(needed, 1 if high - low <= _ONE_DECIMAL else 0)
-    text = f"{value:.{decimals}f}"
+    decimals = -int(_step(label_range, _WRITTEN, (1,)).as_tuple().exponent)
+    text = f"{round(value, decimals):.{max(decimals, 0)}f}"
     if "." in text:
         text = text.rstrip("0").rstrip(".")
     return "0" if text == "-0" else text
 
 
 def answer_ids(
-    tokenizer: Any, text_before: str, answer: str, *, lead: str | None = None, end: str = "\n"
+    tokenizer: Any, text_before: str, answer: str, *, lead: str | None = None, end: str = "\n", after: str = ""
 ) -> np.ndarray:
     """Tokens of an answer with its end marker, without which "1" would be as likely as all answers that begin with it.
 
@@ -67,6 +75,8 @@ def answer_ids(
         lead: what stands between the two; None for a space, or nothing where the prompt ends in white space.
         end: what comes after an answer: a new line, the blank line between examples, or the end of a chat's turn. Its
             first token is the end marker.
+        after: how what follows the end begins, where anything does. A tokenizer may cut an end that goes on in another
+            way than one where the text stops: two new lines apart, say, in place of both in one.
 
     Returns:
         (n,) int32, the end marker last.
@@ -77,10 +87,11 @@ def answer_ids(
     before = _ids(tokenizer, text_before)
     bare, whole = _ids(tokenizer, text_before + text), _ids(tokenizer, text_before + text + end)
     if whole[: len(before)] != before or len(whole) == len(before):
-        before = []
+        before, text_before = [], ""
         bare, whole = _ids(tokenizer, text), _ids(tokenizer, text + end)
     if whole[: len(bare)] == bare:
-        whole = whole[: len(bare) + 1]
+        going_on = _ids(tokenizer, text_before + text + end + after)
+        whole = (going_on if going_on[: len(bare)] == bare else whole)[: len(bare) + 1]
     return np.array(whole[len(before) :], dtype=np.int32)
 
 
@@ -110,7 +121,7 @@ def score_candidates(
     Args:
         model: a causal LM of transformers, with or without peft's adapters.
         prompts: B arrays of token ids, each of one token at least.
-        candidates: C arrays of token ids, at most 60, the same for each prompt; none the beginning of another.
+        candidates: C arrays of token ids, the same for each prompt; none the beginning of another.
         prefix: what the model has read already and all prompts go on from, see `read_prefix`.
         pad: a token id that fills rows up where that is needed.
 
@@ -125,10 +136,8 @@ def score_candidates(
         return _one_by_one(model, prompts, candidates, prefix, pad)
     nodes = answer_nodes(candidates)
     number = {node: place for place, node in enumerate([(), *nodes])}
-    members = [
-        sum(1 << place for place, c in enumerate(candidates) if tuple(c[: len(node)].tolist()) == node)
-        for node in nodes
-    ]
+    members = np.array([[tuple(c[: len(node)].tolist()) == node for c in candidates] for node in nodes], dtype=bool)
+    members = branch_bits(members.reshape(len(nodes), len(candidates)))
     begin = prefix.length if prefix is not None else 0
     trunk, own = plant(prompts, begin)
     pieces = [trunk]
@@ -142,7 +151,7 @@ def score_candidates(
                 np.array([node[-1] for node in nodes], dtype=np.int64),
                 position=np.array([end + len(node) - 1 for node in nodes], dtype=np.int64),
                 row=row,
-                branches=np.array(members, dtype=np.int64),
+                branches=members,
             )
         )
         last = total + len(rest.ids) - 1
@@ -195,15 +204,16 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _step(label_range: tuple[float, float]) -> Decimal:
+def _step(label_range: tuple[float, float], most: int, digits: tuple[int, ...]) -> Decimal:
+    """The smallest of these digits times a power of ten that gives a grid of so many values at most."""
     low, high = (Decimal(repr(float(end))) for end in label_range)
     power = (high - low).adjusted() - 2
     while True:
-        for digit in (1, 2, 5):
+        for digit in digits:
             step = Decimal(digit).scaleb(power)
             ends = sum(end % step != 0 for end in (low, high))
             first, last = (int(end / step) for end in (low, high))
             inside = last - first + 1 - (low > first * step) - (high < last * step)
-            if inside + ends <= MOST:
+            if inside + ends <= most:
                 return step.normalize()
         power += 1

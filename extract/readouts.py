@@ -14,7 +14,7 @@ from ..cache.manifest import load_manifest
 from ..cache.readouts import REGRESSION, Readout, part_rows, pending_parts, save_part
 from .backbone import Backbone
 from .batches import Budget, run_in_batches
-from .candidates import answer_nodes
+from .candidates import answer_nodes, candidate_scores, trained_scores
 from .generator import NEW_TOKENS, Generator, refuse_encoder
 from .rows import SplitData
 from .settings import ExtractSettings
@@ -197,8 +197,10 @@ def _plan(
         if kind == "samples":
             more |= {"samples": SAMPLES, "temperature": 1.0, "seed": SEED}
         elif kind == "candidates":
-            scores, tokens = prompts.candidates(data.prompt, data.label_range, used)
-            more = {"candidates": scores, "end": prompts.border(used)["end"]}
+            raft = backbone.adapter is not None and backbone.adapter.method == "raft"
+            scores = (trained_scores if raft else candidate_scores)(data.label_range)
+            tokens = prompts.candidates(data.prompt, scores, data.label_range, used)
+            more = {"candidates": scores, "end_token": int(tokens[0][-1])}
         readout = replace(plan, kind=kind, settings={**plan.settings, **more})
         jobs.append(_Job(readout, pending_parts(folder, readout, len(texts)), tokens))
     return jobs

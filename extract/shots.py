@@ -10,7 +10,7 @@ import numpy as np
 
 from ..cache.errors import DataError
 from .backbone import Backbone
-from .candidates import answer_ids, candidate_scores, format_score
+from .candidates import answer_ids, format_score
 from .chat import chat_border, chat_text, check_chat_template
 from .generator import NEW_TOKENS
 from .prompt import fill, prompt_fields
@@ -99,20 +99,21 @@ class Prompts:
         return {"lead": None, "end": _BLANK_LINE if shots else "\n"}
 
     def candidates(
-        self, template: str, label_range: tuple[float, float], shots: int
-    ) -> tuple[list[float], list[np.ndarray]]:
-        """The candidate scores of a label range, and the token ids of each as an answer.
+        self, template: str, scores: Sequence[float], label_range: tuple[float, float], shots: int
+    ) -> list[np.ndarray]:
+        """The token ids of each candidate score as an answer, as the answers of the examples have them.
 
         Args:
             template: the prompt, not filled.
+            scores: the candidates.
             label_range: smallest and largest possible score.
             shots: how many examples come before a row.
         """
         # Any row would do: the tokens of a prompt stay as they are, whatever is answered.
         before = self.text(fill(template, {field: field for field in prompt_fields(template)}), 0)
-        scores, border = candidate_scores(label_range), self.border(shots)
+        border = self.border(shots) | {"after": before if shots and not self._chat else ""}
         written = [format_score(score, label_range) for score in scores]
-        return scores, [answer_ids(self._backbone.tokenizer, before, answer, **border) for answer in written]
+        return [answer_ids(self._backbone.tokenizer, before, answer, **border) for answer in written]
 
     def tokens(self, rows: Sequence[str], shots: int) -> list[np.ndarray]:
         """Token ids of each prompt, int32, special tokens included."""

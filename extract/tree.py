@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 
 ALL = -1
 """As a row: a token before all rows. As branches: a token on every branch of its row."""
+_BITS = 63  # of a word: the last is the sign's, and ALL's alone
 _tested: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """n tokens of a tree; each field is (n,) int64."""
+    """n tokens of a tree; each field is (n,) int64 but for the last."""
 
     ids: np.ndarray
     position: np.ndarray
@@ -34,21 +35,47 @@ class Tokens:
     row: np.ndarray
     """Whose text it is in, or ALL."""
     branches: np.ndarray
-    """The branches of that row it is on, a bit for each (63 at most), or ALL."""
+    """(n, words) int64: the branches of that row it is on, as `branch_bits` gives them, or ALL in every word."""
 
     @classmethod
     def of(
         cls, ids: np.ndarray, *, position: np.ndarray, row: "int | np.ndarray", branches: "int | np.ndarray"
     ) -> "Tokens":
-        """Make them; a single row or branch is that of all tokens."""
-        filled = (np.full(len(ids), value, dtype=np.int64) for value in (position, row, branches))
-        return cls(np.asarray(ids, dtype=np.int64), *filled)
+        """Make them; a single row, or word of branches, is that of all tokens; of (n,) words each has one."""
+        position, row = (np.full(len(ids), value, dtype=np.int64) for value in (position, row))
+        words = np.asarray(branches, dtype=np.int64)
+        if words.ndim < 2:
+            words = np.broadcast_to(words.reshape(-1, 1), (len(ids), 1))
+        return cls(np.asarray(ids, dtype=np.int64), position, row, words)
 
     @classmethod
     def join(cls, pieces: "Sequence[Tokens]") -> "Tokens":
         """One after another."""
-        fields = ("ids", "position", "row", "branches")
-        return cls(*(np.concatenate([getattr(piece, field) for piece in pieces]) for field in fields))
+        words = max(piece.branches.shape[1] for piece in pieces)
+        ids, position, row = (
+            np.concatenate([getattr(piece, field) for piece in pieces]) for field in ("ids", "position", "row")
+        )
+        return cls(ids, position, row, np.concatenate([_widened(piece.branches, words) for piece in pieces]))
+
+
+def branch_bits(members: np.ndarray) -> np.ndarray:
+    """Branches by number as a bit of each.
+
+    Args:
+        members: (n, branches) bool, which of them each token is on.
+
+    Returns:
+        (n, words) int64, 63 in a word.
+    """
+    words = -(-members.shape[1] // _BITS)
+    padded = np.zeros((len(members), words * _BITS), dtype=np.int64)
+    padded[:, : members.shape[1]] = members
+    return (padded.reshape(len(members), words, _BITS) << np.arange(_BITS)).sum(axis=2)
+
+
+def _widened(branches: np.ndarray, words: int) -> np.ndarray:
+    more = np.where(branches[:, :1] == ALL, ALL, 0)
+    return np.concatenate([branches, *[more] * (words - branches.shape[1])], axis=1)
 
 
 def plant(rows: Sequence[np.ndarray], begin: int = 0) -> tuple[Tokens, list[Tokens]]:
@@ -240,7 +267,10 @@ def _masks(model: Any, queries: Tokens, keys: Tokens) -> Any:
     distance = place(queries.position)[:, None] - place(keys.position)
     key_row = place(keys.row)
     sees = (key_row == ALL) | (key_row == place(queries.row)[:, None])
-    sees &= (place(keys.branches) & place(queries.branches)[:, None]) != 0
+    together = torch.zeros_like(sees)
+    for key, query in zip(keys.branches.T, _widened(queries.branches, keys.branches.shape[1]).T, strict=True):
+        together |= (place(key) & place(query)[:, None]) != 0
+    sees &= together
     sees &= distance >= 0
 
     def mask(seen: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .backbone import Backbone
-from .candidates import answer_nodes, score_candidates
+from .candidates import answer_nodes, score_candidates, trained_scores
 from .regression import RegressionHead, regress
 from .shots import Prompts
 from .tree import takes_trees
@@ -56,7 +56,7 @@ def regression_method(model: Any, backbone: Backbone, target: np.ndarray) -> Met
 
 @dataclass(frozen=True)
 class Answers:
-    """What may be answered to a prompt, as `relish extract --readouts candidates` asks it too."""
+    """What may be answered to a prompt, as `relish extract --readouts candidates` asks the tuned LLM too."""
 
     prompts: Prompts
     values: list[float]
@@ -69,8 +69,8 @@ class Answers:
         cls, label_range: tuple[float, float], *, backbone: Backbone, prompt: str, chat_template: bool
     ) -> "Answers":
         """A grid over the label range, written as the tokenizer of `backbone` writes it after the prompt."""
-        prompts = Prompts(backbone, [], chat_template=chat_template)
-        return cls(prompts, *prompts.candidates(prompt, label_range, 0))
+        prompts, values = Prompts(backbone, [], chat_template=chat_template), trained_scores(label_range)
+        return cls(prompts, values, prompts.candidates(prompt, values, label_range, 0))
 
 
 def raft_method(model: Any, backbone: Backbone, answers: Answers, label_range: tuple[float, float]) -> Method:

@@ -277,7 +277,9 @@ def _tiny_tokenizer(arch: str) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([f"a film so {word} and a play so {word}" for word in (*GOOD, *BAD)], trainer)
+    texts = [f"a film so {word} and a play so {word}" for word in (*GOOD, *BAD)]
+    # Where a text stops, a blank line is one token, as in many LLMs; where it goes on, this splitter cuts it in two.
+    tokenizer.train_from_iterator([f"{text}\n\n" for text in texts], trainer)
     around = {"llama": "<s> $A", "gemma3": "<s> $A", "bert": "[CLS] $A [SEP]"}.get(arch)
     if around is not None:
         named = [(name, special.index(name)) for name in around.split() if name in special]

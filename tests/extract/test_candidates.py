@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relish.extract import candidates as candidates_module
-from relish.extract.candidates import answer_ids, candidate_scores, format_score, score_candidates
+from relish.extract.candidates import answer_ids, candidate_scores, format_score, score_candidates, trained_scores
 from relish.extract.tree import read_prefix, takes_trees
 
 CAUSAL = ("llama", "qwen3", "gemma3", "gpt2")
@@ -23,7 +23,25 @@ def load(folder, attention="sdpa"):
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
-# The grid
+# The grids
+
+
+@pytest.mark.parametrize(
+    ("label_range", "expected"),
+    [
+        ((0, 5), [n / 10 for n in range(51)]),
+        ((1, 5), [n / 10 for n in range(10, 51)]),
+        ((0, 100), [float(n) for n in range(101)]),
+        ((-4, 4), [n / 10 for n in range(-40, 41)]),
+        ((0, 1), [n / 100 for n in range(101)]),
+        ((0, 20), [float(n) for n in range(21)]),
+        ((0, 1000), [10.0 * n for n in range(101)]),
+        ((0.3, 4.7), [n / 10 for n in range(3, 48)]),
+        ((1.3333, 4.0), [n / 10 for n in range(13, 41)]),
+    ],
+)
+def test_candidates_are_all_that_is_written(label_range, expected):
+    assert candidate_scores(label_range) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -41,28 +59,43 @@ def load(folder, attention="sdpa"):
         ((1.3333, 4.0), [1.3, *(n / 5 for n in range(7, 21))]),
     ],
 )
-def test_the_grid_is_even_has_nice_steps_and_holds_both_ends(label_range, expected):
-    assert candidate_scores(label_range) == pytest.approx(expected)
+def test_the_grid_of_raft_is_even_has_nice_steps_and_holds_both_ends(label_range, expected):
+    assert trained_scores(label_range) == pytest.approx(expected)
 
 
-@given(st.integers(-1000, 1000), st.integers(1, 2000), st.sampled_from([1, 2, 10, 100]))
-def test_a_grid_has_8_to_21_values_within_the_range_and_each_reads_back_as_itself(low, width, divisor):
-    label_range = (low / divisor, (low + width) / divisor)
-    grid = candidate_scores(label_range)
+RANGES = st.builds(
+    lambda low, width, divisor: (low / divisor, (low + width) / divisor),
+    st.integers(-1000, 1000),
+    st.integers(1, 2000),
+    st.sampled_from([1, 2, 10, 100]),
+)
+
+
+@given(RANGES, st.sampled_from([(candidate_scores, 10, 101, (1,)), (trained_scores, 8, 21, (1, 2, 5))]))
+def test_a_grid_is_within_the_range_and_each_value_reads_back_as_itself(label_range, of):
+    scores, fewest, most, digits = of
+    grid = scores(label_range)
     assert grid == sorted(set(grid))
-    assert 8 <= len(grid) <= 21
+    assert fewest <= len(grid) <= most
     step = max(np.diff(grid))
     assert label_range[0] - step / 2 <= grid[0]
     assert grid[-1] <= label_range[1] + step / 2
     assert [float(format_score(value, label_range)) for value in grid] == grid
     inner = np.diff(grid)[1:-1]
     assert inner == pytest.approx(np.full(len(inner), step))
-    digits = Fraction(repr(float(step))).limit_denominator(10**6)
-    while digits >= 10:
-        digits /= 10
-    while digits < 1:
-        digits *= 10
-    assert digits in (1, 2, 5)
+    digit = Fraction(repr(float(step))).limit_denominator(10**6)
+    while digit >= 10:
+        digit /= 10
+    while digit < 1:
+        digit *= 10
+    assert digit in digits
+
+
+@given(RANGES, st.floats(0, 1))
+def test_what_an_example_answers_is_a_candidate(label_range, share):
+    low, high = label_range
+    label = min(max(low + share * (high - low), low), high)
+    assert float(format_score(label, label_range)) in candidate_scores(label_range)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +104,7 @@ def test_a_grid_has_8_to_21_values_within_the_range_and_each_reads_back_as_itsel
         (3.5, (0, 5), "3.5"),
         (3.0, (0, 5), "3"),
         (3.8, (0, 5), "3.8"),
-        (2.75, (1, 5), "2.8"),
+        (2.77, (1, 5), "2.8"),
         (0.04, (0, 5), "0"),
         (-0.04, (-4, 4), "0"),
         (-3.5, (-4, 4), "-3.5"),
@@ -80,8 +113,9 @@ def test_a_grid_has_8_to_21_values_within_the_range_and_each_reads_back_as_itsel
         (0.05, (0, 1), "0.05"),
         (0.5, (0, 1), "0.5"),
         (10, (0, 20), "10"),
-        (10.4, (0, 20), "10.4"),
-        (1200, (0, 10000), "1200"),
+        (10.4, (0, 20), "10"),
+        (1234, (0, 1000), "1230"),
+        (-4, (-100, 0), "-4"),
     ],
 )
 def test_how_a_score_is_written(value, label_range, expected):
@@ -102,6 +136,18 @@ def test_an_answers_tokens_are_those_after_the_prompts_and_one_end_marker(tiny_m
     assert answers[0][-1] == answers[1][-1]
     # No answer is the beginning of another, so that the candidates are different events.
     assert answers[0].tolist() != answers[1][: len(answers[0])].tolist()
+
+
+def test_an_end_that_goes_on_is_cut_as_it_is_there(tiny_model):
+    _, tokenizer = load(tiny_model("llama"))
+    alone, whole = (tokenizer(f"Score: 4\n\n{more}", add_special_tokens=False)["input_ids"] for more in ("", "a film"))
+    stopped = answer_ids(tokenizer, "Score:", "4", end="\n\n")
+    going_on = answer_ids(tokenizer, "Score:", "4", end="\n\n", after="a film")
+    assert tokenizer.decode(stopped) == " 4\n\n"  # this tokenizer has a token of both, and uses it where a text stops
+    assert tokenizer.decode(going_on) == " 4\n"
+    assert alone[-len(stopped) :] == stopped.tolist()
+    begin = len(alone) - len(stopped)
+    assert whole[begin : begin + len(going_on)] == going_on.tolist()
 
 
 def test_no_space_goes_after_white_space_and_a_lead_can_be_told(tiny_model):
@@ -130,9 +176,12 @@ def by_hand(model, prompt, candidate):
     return sum(log_p[place - 1, ids[place]] for place in range(len(prompt), len(ids)))
 
 
-def sample(tokenizer, texts=("a film so warm and a play so dull\nScore:", "fresh\nScore:", "a film so noisy\nScore:")):
-    prompts = [np.array(tokenizer(text)["input_ids"], dtype=np.int32) for text in texts]
-    grid = [answer_ids(tokenizer, texts[0], format_score(y, LABELS)) for y in candidate_scores(LABELS)]
+TEXTS = ("a film so warm and a play so dull\nScore:", "fresh\nScore:", "a film so noisy\nScore:")
+
+
+def sample(tokenizer, label_range=LABELS):
+    prompts = [np.array(tokenizer(text)["input_ids"], dtype=np.int32) for text in TEXTS]
+    grid = [answer_ids(tokenizer, TEXTS[0], format_score(y, label_range)) for y in trained_scores(label_range)]
     return prompts, grid
 
 
@@ -148,6 +197,19 @@ def test_one_pass_gives_what_each_candidate_has_alone(tiny_model, arch, attentio
     assert scores.shape == (3, 11)
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
     assert (scores.exp().sum(1) < 1).all()
+
+
+def test_more_candidates_than_a_word_has_bits(tiny_model):
+    model, tokenizer = load(tiny_model("llama"))
+    prompts, _ = sample(tokenizer)
+    grid = [answer_ids(tokenizer, TEXTS[0], format_score(y, (0, 100))) for y in candidate_scores((0, 100))]
+    start = np.array(tokenizer("a film so moving\nScore: 35\n\n")["input_ids"])
+    with torch.inference_mode():
+        scores = score_candidates(model, prompts, grid, prefix=read_prefix(model, start), pad=0)
+        whole = [np.concatenate([start, prompt]) for prompt in prompts]
+        expected = torch.stack([torch.stack([by_hand(model, p, c) for c in grid]) for p in whole])
+    assert scores.shape == (3, 101)
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("arch", CAUSAL)

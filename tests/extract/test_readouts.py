@@ -49,6 +49,12 @@ def read(folder, split="test"):
     return {one.name: one for one in found}
 
 
+def end_text(settings, readout):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(settings().model).decode([readout.settings["end_token"]])
+
+
 def same_answers(one, other):
     assert one.keys() == other.keys()
     for name, readout in one.items():
@@ -72,9 +78,10 @@ def test_every_split_but_train_is_asked_about(settings, tiny_rows, tmp_path):
     found = read(tmp_path / "c")
     assert found["greedy-0shot"].ids == tuple(open_cache(tmp_path / "c").split("test").ids)
     assert all(len(answers) == SAMPLES for answers in found["samples-0shot"].answers)
-    assert found["candidates-0shot"].settings["candidates"] == [n / 2 for n in range(11)]
-    assert all(len(log_p) == 11 and max(log_p) < 0 for log_p in found["candidates-1shot"].answers)
-    assert (found["candidates-0shot"].settings["end"], found["candidates-1shot"].settings["end"]) == ("\n", "\n\n")
+    assert found["candidates-0shot"].settings["candidates"] == [n / 10 for n in range(51)]
+    assert all(len(log_p) == 51 and max(log_p) < 0 for log_p in found["candidates-1shot"].answers)
+    # A blank line between examples begins with a new line of its own: what follows it cuts it in two.
+    assert [end_text(settings, found[f"candidates-{shots}shot"]) for shots in (0, 1)] == ["\n", "\n"]
     assert found["greedy-1shot"].settings["examples"] is not None
     assert all(one.seconds > 0 for one in found.values())
 
@@ -89,7 +96,7 @@ def test_answers_are_those_of_each_row_alone_in_any_batches(settings, tmp_path, 
 def test_a_chat(settings, tmp_path):
     extract_cache(tmp_path / "c", settings(readouts=KINDS, shots=(0, 1), chat_template=True))
     found = read(tmp_path / "c")
-    assert found["candidates-1shot"].settings["end"] == "</s>"
+    assert end_text(settings, found["candidates-1shot"]) == "</s>"
     assert len(found) == 6
 
 

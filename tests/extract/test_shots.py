@@ -3,6 +3,7 @@ import pytest
 
 from relish.cache.errors import BackboneError, DataError
 from relish.extract.backbone import Backbone
+from relish.extract.candidates import candidate_scores, format_score
 from relish.extract.chat import chat_border
 from relish.extract.files import find_backbone
 from relish.extract.generator import NEW_TOKENS
@@ -53,6 +54,21 @@ def test_a_prompt_is_examples_answers_and_blank_lines(backbone):
     assert prompts.border(2) == {"lead": None, "end": "\n\n"}
     (tokens,) = prompts.tokens(["row:"], 2)
     assert tokens.tolist() == backbone.tokenizer("one: 1\n\ntwo\n2.5\n\nrow:")["input_ids"]
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_candidates_have_the_tokens_that_answers_have_among_the_examples(tiny_model, arch):
+    files = find_backbone(tiny_model(arch), gguf_file=None, revision=None)
+    backbone = Backbone(files, layers=(), compute_dtype="float32", device="cpu", trust_remote_code=False)
+    scores = candidate_scores(RANGE)
+    for score in scores:
+        answer = format_score(score, RANGE)
+        prompts = Prompts(backbone, [Example("Rate: a film\nScore:", answer)], chat_template=False)
+        candidate = prompts.candidates("Rate: {text}\nScore:", scores, RANGE, 1)[scores.index(score)].tolist()
+        (whole,) = prompts.tokens(["Rate: a play\nScore:"], 1)
+        (row,) = prompts.tokens(["Rate: a film\nScore:"], 0)
+        assert whole.tolist()[len(row) :][: len(candidate)] == candidate
+        assert backbone.tokenizer.decode(candidate[:-1]) == f" {answer}"
 
 
 def test_in_a_chat_examples_are_earlier_turns(backbone):

@@ -41,13 +41,17 @@ def test_an_llm_is_asked_about_sentence_pairs(folder, shared_data, tmp_path):
         "How similar in meaning are these two sentences, on a scale from 0 to 5?\n"
         f"Sentence 1: {pair['sentence1']}\nSentence 2: {pair['sentence2']}\nScore:"
     )
-    for score, text in enumerate(("0", "0.5", "1", "1.5")):
+    for score, text in enumerate(("0", "0.1", "0.2", "0.3")):
         begin = len(tokenizer(prompt)["input_ids"])
         ids = tokenizer(f"{prompt} {text}\n", return_tensors="pt")["input_ids"]
         with torch.inference_mode():
             log_p = model(input_ids=ids).logits[0].log_softmax(-1)
         expected = sum(log_p[place - 1, ids[0, place]].item() for place in range(begin, ids.shape[1]))
         assert of["candidates-0shot"].answers[0][score] == pytest.approx(expected, abs=1e-3)
+
+    # It expects an answer as the examples have it: most of its probability is on the candidates.
+    mass = np.exp(of["candidates-8shot"].answers).sum(axis=1)
+    assert mass.mean() > 0.5
 
     cache = open_cache(tmp_path / "c")
     cells, _ = readout_cells(cache, cache.split("test"))

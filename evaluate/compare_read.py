@@ -180,6 +180,8 @@ def _head_seconds(group: dict[str, Any]) -> float | None:
 
 def _read_results(path: Path) -> dict[str, Any]:
     file = path / "results.json"
+    if path.is_file():
+        raise RunError(f"{path} is a file; name the folder of the report, as in relish compare {path.parent}")
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):

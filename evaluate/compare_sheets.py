@@ -105,7 +105,8 @@ def _rivals(comparison: Comparison) -> Sheet:
         "RELISH is chosen by validation NRMSE, the best rival for each metric by validation (Pearson for Pearson and "
         "Spearman, NRMSE for NRMSE). Difference of the means over seeds [95 % paired bootstrap interval over rows]; p "
         f"of the paired permutation test, {comparison.resamples:,} draws each, corrected over the data sets of the LLM "
-        f"(Holm), and beside it of the bootstrap, likewise corrected. A win or a loss has p ≤ {ALPHA:g} by the first."
+        "(Holm; a single one needs no correction), and beside it of the bootstrap, likewise corrected. A win or a loss "
+        f"has p ≤ {ALPHA:g} by the first. The tests are about other rows; trainings are taken as they are."
     )
     columns = ("Data set", "Metric", "RELISH", "Best rival", "Difference", "p", "Outcome")
     return Sheet("RELISH against the best rival", columns, list(groups.items()), caption, texts=2)
@@ -214,9 +215,9 @@ def _costs(comparison: Comparison, backbone: str) -> Sheet:
         )
     about = f"The LLM has {size:,} parameters. " if size else ""
     caption = (
-        f"{about}Means over data sets and seeds; seconds are wall time on the machines that ran each step. Per 1,000 "
-        "rows: the LLM's forward passes and the head, or decoding. Training: one seed, without the LLM's passes over "
-        "the training rows, which all heads share."
+        f"{about}Means over data sets and seeds, of the parameters the largest; seconds are wall time on the machines "
+        "that ran each step, beside whatever else they ran. Per 1,000 rows: the LLM's forward passes and the head, or "
+        "decoding. Training: one seed, without the LLM's passes over the training rows, which all heads share."
     )
     columns = ("Method", "Trained parameters", "Share of the LLM", "s per 1,000 rows", "Training, s")
     return Sheet(f"Costs, {backbone}", columns, [group for group in lines.items() if group[1]], caption)

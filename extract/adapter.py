@@ -39,6 +39,11 @@ class Adapter:
         """What messages call it."""
         return self.folder.name
 
+    @property
+    def method(self) -> str | None:
+        """lora or raft; None for an adapter that something else than relish made."""
+        return self.tuned["settings"]["method"] if self.tuned is not None else None
+
     def refuse_other_base(self, files: BackboneFiles) -> None:
         """Check that a backbone is the one it was made on, as far as its files tell; `merge_adapter` checks shapes.
 
@@ -115,7 +120,8 @@ def read_adapter(folder: str | Path) -> Adapter:
         raise AdapterError(f"{folder} is no adapter that can be used: it has no {WEIGHTS}, and pickle is never read")
     if config.get("peft_type") != "LORA":
         raise AdapterError(
-            f"{folder} is an adapter of the type {config.get('peft_type')!r}; LORA is what can be merged here"
+            f"{folder} is an adapter of the type {config.get('peft_type')!r}, and LORA is what can be merged "
+            f"here; make one with: relish tune ADAPTER --method lora …"
         )
     sha256 = adapter_hash(folder)
     if tuned is not None and sha256 != tuned["sha256_of_adapter"]:
@@ -175,12 +181,21 @@ def merge_adapter(adapter: Adapter, model: Any, name: str) -> Any:
             there = set(file.keys())
     except Exception as error:  # peft and safetensors raise whatever they like
         reason = " ".join(str(error).split())[:300]
-        raise AdapterError(f"the adapter {adapter.name} does not fit {name}: {reason}") from error
+        raise AdapterError(_unfit(adapter, name, reason)) from error
     wanted = set(peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False))
     for what, names in (("it lacks", wanted - there), ("nothing takes its", there - wanted)):
         if names:
-            raise AdapterError(f"the adapter {adapter.name} does not fit {name}: {what} {min(names)}")
+            raise AdapterError(_unfit(adapter, name, f"{what} {min(names)}"))
     return wrapped.merge_and_unload()
+
+
+def _unfit(adapter: Adapter, name: str, reason: str) -> str:
+    made_on = (adapter.tuned["base"]["model"] if adapter.tuned else None) or adapter.config.get(
+        "base_model_name_or_path"
+    )
+    return f"the adapter {adapter.name} does not fit {name}: {reason}; give the backbone that it was made on" + (
+        f", {made_on}, with --model" if made_on else " with --model"
+    )
 
 
 def _way_out(folder: Path) -> str:

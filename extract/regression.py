@@ -14,6 +14,7 @@ from .backbone import Backbone
 from .tree import Tokens, last_tokens, plant, takes_trees, tree_states
 
 HEAD = "head.safetensors"
+_WAY_OUT = "restore it from a copy, or tune again into another folder"
 
 
 class RegressionHead(nn.Module):
@@ -74,9 +75,9 @@ def load_regression_head(adapter: Adapter) -> tuple[RegressionHead, str]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise AdapterError(f"{path} cannot be read ({error.strerror})") from None
+        raise AdapterError(f"{path} cannot be read ({error.strerror}); {_WAY_OUT}") from None
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise AdapterError(f"{path} is damaged: it is not the file that was saved; tune again into another folder")
+        raise AdapterError(f"{path} is damaged: it is not the file that was saved; {_WAY_OUT}")
     state = load(content)
     head = RegressionHead(len(state["weight"]))
     head.load_state_dict(state)

@@ -295,7 +295,7 @@ def _refuse_other_setup(folder: Path, there: dict[str, Any], here: dict[str, Any
 
 def _refuse_other_files(folder: Path) -> None:
     if folder.is_file():
-        raise AdapterError(f"{folder} is a file, and an adapter is a folder")
+        raise AdapterError(f"{folder} is a file, and an adapter is a folder; choose a new one")
     ours = {TUNED, CHECKPOINT, LOCK}
     there = {path.name for path in folder.iterdir() if not path.name.startswith(".")} if folder.is_dir() else set()
     if there and not there & ours:

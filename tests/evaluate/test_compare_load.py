@@ -203,9 +203,14 @@ def test_a_quote_that_is_never_closed_is_damage(tmp_path, monkeypatch):
 def test_folders_that_are_no_report(tmp_path):
     with pytest.raises(RunError, match="there is no report to compare; make some with: relish evaluate"):
         load_places([])
-    for name in ("nowhere", "empty", "file"):
-        (tmp_path / "empty").mkdir(exist_ok=True)
-        (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "results.json").touch()
+    with pytest.raises(RunError) as caught:
+        load_places([Source(tmp_path / "results.json")])
+    assert str(caught.value) == (
+        f"{tmp_path / 'results.json'} is a file; name the folder of the report, as in relish compare {tmp_path}"
+    )
+    for name in ("nowhere", "empty"):
         with pytest.raises(RunError, match=rf"{name} is no report folder: it has no results.json; make one with"):
             load_places([Source(tmp_path / name)])
 

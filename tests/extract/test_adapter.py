@@ -203,6 +203,7 @@ def test_one_weight_that_differs_is_another_base(tuned, tiny_model, tmp_path):
 def test_an_adapter_of_peft_whose_shapes_do_not_fit_is_refused(plain, tiny_model, arch):
     text = refused(plain("lora", "llama"), tiny_model(arch))
     assert text.startswith(f"the adapter lora-llama does not fit tiny-{arch}: ")
+    assert text.endswith("; give the backbone that it was made on, tiny-llama, with --model")
 
 
 def test_one_of_another_hub_model_is_refused_by_its_name(plain, tiny_model):
@@ -222,10 +223,13 @@ def test_weights_too_many_and_too_few(plain, tiny_model):
     weights = load_file(folder / WEIGHTS)
     first = min(weights)
     save_file({name: value for name, value in weights.items() if name != first}, folder / WEIGHTS)
-    assert refused(folder, tiny_model("llama")) == f"the adapter lora-llama does not fit tiny-llama: it lacks {first}"
+    way_out = "give the backbone that it was made on, tiny-llama, with --model"
+    assert refused(folder, tiny_model("llama")) == (
+        f"the adapter lora-llama does not fit tiny-llama: it lacks {first}; {way_out}"
+    )
     save_file({**weights, "base_model.model.score.weight": torch.zeros(1, 32)}, folder / WEIGHTS)
     assert refused(folder, tiny_model("llama")) == (
-        "the adapter lora-llama does not fit tiny-llama: nothing takes its base_model.model.score.weight"
+        "the adapter lora-llama does not fit tiny-llama: nothing takes its base_model.model.score.weight; " + way_out
     )
 
 
@@ -236,7 +240,10 @@ def test_what_is_no_adapter_is_refused(plain, tiny_model, tmp_path):
         f"{gone} is no adapter: it has no {CONFIG}; make one with: relish tune {gone} --method lora …"
     )
     folder = plain(peft_type="IA3")
-    assert refused(folder, model) == f"{folder} is an adapter of the type 'IA3'; LORA is what can be merged here"
+    assert refused(folder, model) == (
+        f"{folder} is an adapter of the type 'IA3', and LORA is what can be merged here; make one with: relish tune "
+        "ADAPTER --method lora …"
+    )
     (folder / WEIGHTS).unlink()
     assert refused(folder, model) == (
         f"{folder} is no adapter that can be used: it has no {WEIGHTS}, and pickle is never read"

@@ -303,7 +303,7 @@ def test_a_folder_of_other_files_is_refused(tune_settings, tmp_path):
     with pytest.raises(AdapterError) as caught:
         tune_adapter(tmp_path, tune_settings())
     assert str(caught.value) == f"{tmp_path} holds other files and no adapter of relish; choose a new or empty folder"
-    with pytest.raises(AdapterError, match="notes.txt is a file, and an adapter is a folder"):
+    with pytest.raises(AdapterError, match="notes.txt is a file, and an adapter is a folder; choose a new one"):
         tune_adapter(tmp_path / "notes.txt", tune_settings())
 
 

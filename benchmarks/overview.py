@@ -48,9 +48,10 @@ stepping stones. Any other that has no name here is shown as it is called."""
 def overview(comparison: dict[str, Any]) -> str:
     """Markdown from comparison.json: Pearson / Spearman / NRMSE on the test rows, the best of all methods in bold.
 
-    A table for each LLM, one of the averages over all data sets, and one for each kind of best rival.
+    How often RELISH is ahead, a table for each LLM, one of the averages over all data sets, and one for each kind of
+    best rival.
     """
-    parts = []
+    parts = [f"Wins / ties / losses, against the best rival:\n\n{_counts(comparison['counts'])}\n"]
     for backbone in comparison["backbones"]:
         places = [place for place in comparison["places"] if place["backbone"] == backbone]
         columns = [_column(place, comparison) for place in places]
@@ -64,6 +65,19 @@ def overview(comparison: dict[str, Any]) -> str:
             f"{NAMES.get(pair[0], pair[0])}, against the {pair[1]}; bold is significantly ahead:\n\n{_duels(duels)}\n"
         )
     return "\n".join(parts)
+
+
+def _counts(counts: Sequence[dict[str, Any]]) -> str:
+    """A line for each kind of best rival, over all LLMs."""
+    found = [count for count in counts if count["backbone"] is None and count["opponent"].startswith("best")]
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    for count in found:
+        tally = f"{count['wins']} / {count['ties']} / {count['losses']}"
+        lines.setdefault((count["contender"], count["opponent"]), {})[count["metric"]] = tally
+    return table(
+        ["", "against the", "Pearson", "Spearman", "NRMSE"],
+        [[NAMES.get(who, who), rival, *map(tallies.get, METRICS)] for (who, rival), tallies in lines.items()],
+    )
 
 
 def _duels(duels: Sequence[dict[str, Any]]) -> str:

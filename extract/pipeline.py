@@ -283,11 +283,13 @@ def made_by(backbone: Backbone) -> dict[str, str]:
 
 
 def _made_with(backbone: Backbone) -> dict[str, str]:
-    """What cost tables need of a loaded backbone: its size, and what its adapter took."""
+    """What tables say of a loaded backbone: its size, how its adapter was tuned, and what that took."""
     tuned = backbone.adapter.tuned if backbone.adapter is not None else None
     facts = {"parameters": f"{backbone.parameters:,}"}
     if tuned is not None:
-        facts["adapter_method"] = tuned["settings"]["method"]
+        settings = tuned["settings"]
+        facts["adapter_method"] = settings["method"]
+        facts["adapter_recipe"] = f"lr {settings['lr']:g}, {settings['epochs']} epochs, seed {settings['seed']}"
         facts["adapter_parameters"] = f"{tuned['trainable_parameters']:,}"
         facts["adapter_seconds"] = f"{tuned['seconds']:,}"
     return facts

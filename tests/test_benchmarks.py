@@ -152,11 +152,23 @@ def test_the_tables_at_a_glance(monkeypatch):
                 (0.2, 0.25, {"metric": "nrmse", "outcome": "win", "opponent_method": "ridge-mean"}),
             )
         ],
+        "counts": [
+            {"contender": "RELISH, chosen", "opponent": opponent, "metric": metric, "backbone": backbone, **tally}
+            for opponent in ("best rival", "attention")
+            for metric in ("pearson", "spearman", "nrmse")
+            for backbone, tally in (
+                (None, {"wins": 2, "ties": int(metric == "pearson"), "losses": 1}),
+                ("llm", {"wins": 9, "ties": 9, "losses": 9}),
+            )
+        ],
         "macro": [
             {"backbone": "llm", "methods": [{"method": name, **figures(*values)} for name, *values in (relish, greedy)]}
         ],
     }
-    by_llm, rest = overview(comparison).split("Macro averages")
+    first, rest = overview(comparison).split("**llm**")
+    line = "| RELISH, its depth by validation | best rival | 2 / 1 / 1 | 2 / 0 / 1 | 2 / 0 / 1 |"
+    assert [text for text in first.splitlines() if text.startswith("| RELISH")] == [line]
+    by_llm, rest = rest.split("Macro averages")
     macro, duels = rest.split("against the best rival")
     assert "| LoRA, then ridge, last token | 0.100 / 0.100 / 0.300 | – |" in by_llm
     assert "| my-head on lora | 0.100 / 0.100 / 0.300 | – |" in by_llm

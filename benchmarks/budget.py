@@ -1,10 +1,10 @@
-"""The same budget for every head: sixteen pairs of learning rate and weight decay around one, by validation rows.
+"""The same budget for every head: twelve pairs of learning rate and weight decay around its own, by validation rows.
 
     python benchmarks/budget.py WORK CACHE:LAYER... --jobs 2    resumable; caches of relish extract, a layer of each
     python benchmarks/budget.py WORK CACHE:LAYER... --best 3    a second round: the three best pairs of each head alone
     python benchmarks/budget.py WORK --out budget.json          what was found so far
 
-The search is around what earlier ones had found (recipe-log.md); what it found is what `relish train` takes by default.
+The search is around the defaults of `relish train`, which earlier ones had found (recipe-log.md).
 For each pair the table has the validation NRMSE over that of the pair in the middle, as the geometric mean over the
 caches: below 1 is better. Heads that are solved search their penalty by
 validation themselves, on every cache. Only validation rows are looked at.
@@ -22,18 +22,11 @@ from pathlib import Path
 from measure import table
 
 from relish.train.grid import train_heads
-from relish.train.settings import TrainSettings, parse_layer, parse_range
+from relish.train.settings import LEARNING_RATES, WEIGHT_DECAYS, TrainSettings, parse_layer, parse_range
 
-MIDDLE = {
-    "relish": (3e-4, 3.0),
-    "linear": (3e-3, 1.0),
-    "linear-last": (3e-3, 1.0),
-    "mlp": (1e-4, 1.0),
-    "mlp-last": (1e-4, 1.0),
-    "attention": (1e-2, 1.0),
-}
+MIDDLE = {head: (rate, WEIGHT_DECAYS[head]) for head, rate in LEARNING_RATES.items()}
 """Learning rate and weight decay around which is searched."""
-FACTORS = tuple(product((1 / 3, 1, 2, 3), (1 / 3, 1, 3, 9)))
+FACTORS = tuple(product((1 / 3, 1, 3), (1 / 3, 1, 3, 9)))
 """Of both."""
 
 

@@ -5,7 +5,8 @@
 
 The plain head (rival.py) with relish's recipe: the same first weights, and the same rows in the same batches and order,
 read ahead in a thread by relish's reader, without what all of them begin with; hidden states standardised as they come;
-AdamW with warm-up and cosine, gradients clipped, squared error; validated after each epoch, and the best epoch is kept.
+AdamW with warm-up and cosine, gradients clipped, squared error; the average of the weights, by relish's own function, is
+validated after each epoch, and the best epoch's is kept.
 It prints one JSON object. With --sample it takes so many steps and validates once, to see how long these take.
 """
 
@@ -15,6 +16,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from rival import PlainRelish, train_plainly
 from torch import Tensor
 
 from relish.cache.reader import open_cache
+from relish.train.average import AveragedWeights
 from relish.train.data import feature_moments, ordered_batches, read_ahead, shuffled_batches, training_rows
 from relish.train.metrics import score
 from relish.train.principal import begin_with, principal_axes
@@ -62,7 +65,9 @@ def train(given: argparse.Namespace) -> dict[str, Any]:
             for hidden, mask, target in read_ahead(rows, shuffled_batches(rows, settings.batch_size, order)):
                 yield standardised(hidden), mask[:, skip:], (target - target_mean) / target_std
 
-    step = train_plainly(
+    average = AveragedWeights(head, power=recipe.averaging_power)
+    steps = count(1)
+    plain_step = train_plainly(
         head,
         batches(),
         recipe.lr,
@@ -71,14 +76,19 @@ def train(given: argparse.Namespace) -> dict[str, Any]:
         warmup=settings.warmup,
     )
 
+    def step() -> None:
+        plain_step()
+        average.look(next(steps))
+
     @torch.inference_mode()
     def validate() -> dict[str, float]:
-        head.eval()
+        average.head.eval()
         predictions = np.empty(len(val))
         chunks = ordered_batches(val.lengths)
         for chunk, (hidden, mask, _) in zip(chunks, read_ahead(val, chunks), strict=True):
-            predictions[chunk] = (target_mean + target_std * head(standardised(hidden), mask[:, skip:])).double()
-        head.train()
+            predictions[chunk] = (
+                target_mean + target_std * average.head(standardised(hidden), mask[:, skip:])
+            ).double()
         return score(val.target, predictions, cache.label_range)
 
     if given.sample is not None:
@@ -99,9 +109,10 @@ def train(given: argparse.Namespace) -> dict[str, Any]:
     for epoch in range(1, recipe.epochs + 1):
         for _ in range(per_epoch):
             step()
+        average.take(epoch * per_epoch)
         figures = validate()
         if figures["nrmse"] < best["nrmse"]:
-            best, best_state, best_epoch = figures, copy.deepcopy(head.state_dict()), epoch
+            best, best_state, best_epoch = figures, copy.deepcopy(average.head.state_dict()), epoch
         elif epoch - best_epoch >= recipe.patience:
             break
     if given.out is not None:

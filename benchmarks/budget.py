@@ -3,6 +3,7 @@
     python benchmarks/budget.py WORK CACHE:LAYER... --jobs 2    resumable; caches of relish extract, a layer of each
     python benchmarks/budget.py WORK CACHE:LAYER... --best 3    a second round: the three best pairs of each head alone
     python benchmarks/budget.py WORK --out budget.json          what was found so far
+    python benchmarks/budget.py budget.json                     the same from the file
 
 The search is around the defaults of `relish train`, which earlier ones had found (recipe-log.md).
 For each pair the table has the validation NRMSE over that of the pair in the middle, as the geometric mean over the
@@ -19,20 +20,22 @@ from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
-from measure import table
+from measure import save, table
 
 from relish.train.grid import train_heads
 from relish.train.settings import LEARNING_RATES, WEIGHT_DECAYS, TrainSettings, parse_layer, parse_range
 
-MIDDLE = {head: (rate, WEIGHT_DECAYS[head]) for head, rate in LEARNING_RATES.items()}
+Pair = tuple[float, float]
+"""Learning rate and weight decay."""
+MIDDLE: dict[str, Pair] = {head: (rate, WEIGHT_DECAYS[head]) for head, rate in LEARNING_RATES.items()}
 """Learning rate and weight decay around which is searched."""
 FACTORS = tuple(product((1 / 3, 1, 3), (1 / 3, 1, 3, 9)))
 """Of both."""
 
 
-def pairs(head: str) -> list[tuple[float, float]]:
+def pairs(middle: Pair) -> list[Pair]:
     """Learning rates and weight decays that a head has to choose from, the pair in the middle among them."""
-    rate, decay = MIDDLE[head]
+    rate, decay = middle
     return [(rate * factor, decay * other) for factor, other in FACTORS]
 
 
@@ -41,7 +44,7 @@ def named(rate: float, decay: float) -> str:
     return f"{rate:.3g}-{decay:.3g}"
 
 
-def search(work: Path, seeds: tuple[int, ...], tried: dict[str, list[tuple[float, float]]], source: str) -> None:
+def search(work: Path, seeds: tuple[int, ...], tried: dict[str, list[Pair]], source: str) -> None:
     """Pairs of each head on one cache."""
     cache, _, layer = source.rpartition(":")
     for head, rate, decay in [(name, *pair) for name, own in tried.items() for pair in own]:
@@ -84,11 +87,11 @@ def first_round(found: dict[str, dict[str, dict[str, float | None]]]) -> dict[st
     }
 
 
-def best_pairs(head: str, by_cache: dict[str, dict[str, float | None]], count: int) -> list[tuple[float, float]]:
+def best_pairs(middle: Pair, by_cache: dict[str, dict[str, float | None]], count: int) -> list[Pair]:
     """The pairs of a head that are best so far, and the middle one."""
-    values = {pair: relative(by_cache, named(*pair), named(*MIDDLE[head])) for pair in pairs(head)}
+    values = {pair: relative(by_cache, named(*pair), named(*middle)) for pair in pairs(middle)}
     known = {pair: value for pair, value in values.items() if value is not None}
-    return list({MIDDLE[head]: 0, **dict.fromkeys(sorted(known, key=known.__getitem__)[:count])})
+    return list({middle: 0, **dict.fromkeys(sorted(known, key=known.__getitem__)[:count])})
 
 
 def relative(by_cache: dict[str, dict[str, float | None]], pair: str, middle: str) -> float | None:
@@ -98,14 +101,14 @@ def relative(by_cache: dict[str, dict[str, float | None]], pair: str, middle: st
     return statistics.geometric_mean(ratios) if ratios and len(ratios) == len(found) else None
 
 
-def shown(found: dict[str, dict[str, dict[str, float | None]]]) -> str:
+def shown(found: dict[str, dict[str, dict[str, float | None]]], middle: dict[str, Pair]) -> str:
     """Markdown: a line for each pair of factors, a column for each head, its best in bold."""
     columns = []
     for head, by_cache in found.items():
-        values = [relative(by_cache, named(*pair), named(*MIDDLE[head])) for pair in pairs(head)]
+        values = [relative(by_cache, named(*pair), named(*middle[head])) for pair in pairs(middle[head])]
         best = min((value for value in values if value is not None), default=None)
         columns.append(["–" if v is None else f"**{v:.3f}**" if v == best else f"{v:.3f}" for v in values])
-    titles = [f"{head} ({MIDDLE[head][0]:g}, {MIDDLE[head][1]:g})" for head in found]
+    titles = [f"{head} ({middle[head][0]:g}, {middle[head][1]:g})" for head in found]
     factors = [[f"{rate:.2g}", f"{decay:.2g}"] for rate, decay in FACTORS]
     lines = [[*factor, *values] for factor, *values in zip(factors, *columns, strict=True)]
     lines = [line for line in lines if set(line[2:]) != {"–"}]
@@ -114,7 +117,7 @@ def shown(found: dict[str, dict[str, dict[str, float | None]]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", type=Path)
+    parser.add_argument("work", type=Path, help="folder, or what --out has written")
     parser.add_argument("sources", nargs="*", metavar="CACHE:LAYER")
     parser.add_argument("--heads", default=",".join(MIDDLE))
     parser.add_argument("--seeds", default="0-1")
@@ -124,22 +127,23 @@ def main() -> None:
     given = parser.parse_args()
     heads = tuple(given.heads.split(","))
     if given.sources:
-        tried = {head: pairs(head) for head in heads}
+        tried = {head: pairs(MIDDLE[head]) for head in heads}
         if given.best is not None:
             so_far = first_round(collect(given.work, heads))
             if given.best < 1 or not all(so_far.values()):
                 parser.error("--best takes a number from 1 on, and a WORK where all pairs of these heads were tried")
-            tried = {head: best_pairs(head, so_far[head], given.best) for head in heads}
+            tried = {head: best_pairs(MIDDLE[head], so_far[head], given.best) for head in heads}
         with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
             one = partial(search, given.work, parse_range(given.seeds, "--seeds"), tried)
             list(pool.map(one, given.sources))
-    found = collect(given.work, heads)
+    saved = json.loads(given.work.read_text(encoding="utf-8")) if given.work.is_file() else None
+    found = saved["nrmse"] if saved is not None else collect(given.work, heads)
+    middle = {head: (rate, decay) for head, (rate, decay) in (saved["middle"] if saved is not None else MIDDLE).items()}
     whole = first_round(found)
-    print(shown(whole))
+    print(shown(whole, middle))
     if whole != found:
-        print(shown(found))
-    if given.out is not None:
-        given.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        print(shown(found, middle))
+    save(given.out, {"middle": middle, "nrmse": found})
 
 
 if __name__ == "__main__":

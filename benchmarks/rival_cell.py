@@ -5,7 +5,7 @@
 
 The plain head (rival.py) with relish's recipe: the same first weights, and the same rows in the same batches and order,
 read ahead in a thread by relish's reader, without what all of them begin with; hidden states standardised as they come;
-AdamW with warm-up and cosine, gradients clipped, squared error; the average of the weights, by relish's own function, is
+AdamW with warm-up and cosine, gradients clipped, squared error; the weights' average, by relish's own function, is
 validated after each epoch, and the best epoch's is kept.
 It prints one JSON object. With --sample it takes so many steps and validates once, to see how long these take.
 """

@@ -250,6 +250,8 @@ def test_rows(tmp_path):
 
 
 def test_budget(tmp_path):
+    from relish.train.settings import LEARNING_RATES, WEIGHT_DECAYS
+
     from .train.conftest import write_cache
 
     cache = write_cache(tmp_path / "cache")
@@ -257,25 +259,30 @@ def test_budget(tmp_path):
     command, one = [sys.executable, BENCHMARKS / "budget.py", work], ["--heads", "linear", "--seeds", "0"]
     first = [*command, f"{cache}:2", *one, "--out", out]
     done = subprocess.run(first, capture_output=True, text=True, check=True, timeout=600)
-    ((name, pairs),) = json.loads(out.read_text())["linear"].items()
-    assert (name.endswith("-cache-2"), len(pairs), len(set(pairs.values()))) == (True, 16, 16)
-    assert "| × rate | × decay | linear (0.003, 1) |" in done.stdout
+    ((name, pairs),) = json.loads(out.read_text())["nrmse"]["linear"].items()
+    assert (name.endswith("-cache-2"), len(pairs), len(set(pairs.values()))) == (True, 12, 12)
+    rate, decay = LEARNING_RATES["linear"], WEIGHT_DECAYS["linear"]
+    middle = f"{rate:.3g}-{decay:.3g}"
+    assert f"| × rate | × decay | linear ({rate:g}, {decay:g}) |" in done.stdout
     assert "| 1 | 1 | 1.000 |" in done.stdout.replace("**", "")
-    assert f"**{min(pairs.values()) / pairs['0.003-1']:.3f}**" in done.stdout
-    again = subprocess.run([*command, *one], capture_output=True, text=True, check=True, timeout=600)
-    assert again.stdout == done.stdout[done.stdout.index("| ×") :]
+    assert f"**{min(pairs.values()) / pairs[middle]:.3f}**" in done.stdout
+    for source in (work, out):
+        again = subprocess.run(
+            [sys.executable, BENCHMARKS / "budget.py", source, *one], capture_output=True, text=True, timeout=600
+        )
+        assert again.stdout == done.stdout[done.stdout.index("| ×") :]
 
     early = subprocess.run([*command, f"{cache}:2", "--best", "2"], capture_output=True, text=True, timeout=600)
     assert "--best takes a number from 1 on, and a WORK where all pairs of these heads were tried" in early.stderr
     other = write_cache(tmp_path / "other", sizes={"train": 50, "dev": 20})
     second = [*command, f"{other}:2", *one, "--best", "2", "--out", out]
     done = subprocess.run(second, capture_output=True, text=True, check=True, timeout=600)
-    found = json.loads(out.read_text())["linear"]
+    found = json.loads(out.read_text())["nrmse"]["linear"]
     best = sorted(pairs, key=pairs.__getitem__)[:2]
     assert found.pop(name) == pairs
-    assert [set(finalists) for finalists in found.values()] == [{"0.003-1", *best}]
+    assert [set(finalists) for finalists in found.values()] == [{middle, *best}]
     first, both = (table.splitlines() for table in done.stdout[done.stdout.index("| ×") :].split("| × rate")[1:])
-    assert (len(first), len(both)) == (2 + 16, 2 + len({"0.003-1", *best}))
+    assert (len(first), len(both)) == (2 + 12, 2 + len({middle, *best}))
 
 
 def test_profile_stages(tmp_path):

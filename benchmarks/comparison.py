@@ -20,7 +20,6 @@ import io
 import json
 import random
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -33,11 +32,9 @@ from backbones import gemma3_folder, smollm2_folder, tiny_model
 from commands import Step, run_all, write_whole
 from comparison_plan import (
     HEADS,
-    PARTS,
-    SEARCHED,
+    TUNED,
     Cell,
     Plan,
-    Search,
     frozen_steps,
     prompted_steps,
     sourced,
@@ -58,6 +55,7 @@ FILES = {
         for pair in ("en-zh", "ru-en", "si-en")
     },
 }
+STEPS = {"frozen": frozen_steps, "prompted": prompted_steps, "tuned": tuned_steps}
 BACKBONES = {"smollm2": smollm2_folder, "gemma3": gemma3_folder}
 
 
@@ -82,14 +80,17 @@ def write_csv(target: Path, rows: list[dict[str, Any]]) -> None:
     write_whole(target, content.getvalue())
 
 
-def keep(reports: list[Path], target: Path) -> None:
-    """Pack what a comparison reads of report folders into one file."""
+def keep(steps: list[Step], target: Path) -> None:
+    """Pack what a comparison reads of report folders into one file, and how each adapter was tuned."""
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_suffix(".part")
     with tarfile.open(part, "w:xz") as archive:
-        for report in reports:
-            for name in ("results.json", "predictions.csv"):
-                archive.add(report / name, f"{report.name}/{name}")
+        for step in steps:
+            reads = {"evaluate": ("results.json", "predictions.csv"), "tune": (TUNED,)}.get(step.words[0], ())
+            folder = Path(step.words[1 if step.words[0] == "tune" else -1])
+            for name in reads:
+                if (folder / name).exists():  # not of a rate that diverged
+                    archive.add(folder / name, f"{folder.name}/{name}")
     part.replace(target)
 
 
@@ -110,9 +111,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of the data sets; not needed with --small")
     parser.add_argument("--tasks", default=",".join(FILES))
     parser.add_argument("--backbones", default=",".join(BACKBONES))
-    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--parts", default=",".join(STEPS))
     parser.add_argument("--rows", default="5000,500,1000", help="rows of train, val and test")
-    parser.add_argument("--rates", default=",".join(Plan.rates), help="of tuning; one is used without a search")
+    parser.add_argument(
+        "--rates", default=",".join(Plan.rates), help="of tuning; the best on the validation rows is taken"
+    )
     parser.add_argument("--compute-dtype", default="auto", help="of the LLM, as relish extract has it")
     parser.add_argument("--kept", type=Path, help="folder for the reports of what is finished; taken from there, too")
     parser.add_argument("--jobs", type=int, default=1, help="commands at once; one leaves a GPU idle for the most")
@@ -122,7 +125,7 @@ def main() -> None:
     if (given.work is None or (given.data is None and given.tasks)) and not given.small:
         parser.error("give a folder to work in and --data, the folder of the data sets; or --small")
     work: Path = given.work or Path(tempfile.mkdtemp(prefix="comparison-"))
-    for name, known in (("parts", PARTS), ("tasks", FILES), ("backbones", BACKBONES)):
+    for name, known in (("parts", STEPS), ("tasks", FILES), ("backbones", BACKBONES)):
         wrong = set(getattr(given, name).split(",")) - set(known)
         if wrong and not (name == "tasks" and not given.tasks):
             parser.error(f"the {name} are {', '.join(known)}; got {getattr(given, name)!r}")
@@ -134,7 +137,6 @@ def main() -> None:
     plan = Plan(
         counts,
         rates=tuple(given.rates.split(",")),
-        search=("--rows", "1000") if counts["train"] > 1000 else (),
         compute=("--compute-dtype", given.compute_dtype),
     )
     tasks = [task for task in given.tasks.split(",") if task]
@@ -153,35 +155,25 @@ def main() -> None:
 
     kept: Path = given.kept or work / "kept"
     parts: dict[Path, list[Step]] = {}
-    searches: list[Step] = []
     for backbone, find in backbones.items():
         for task in tasks:
             targets = {part: kept / f"{task}-{backbone}-{part}.tar.xz" for part in given.parts.split(",")}
             targets = {part: target for part, target in targets.items() if not target.exists()}
             if not targets:
                 continue
-            model, noted = find(), kept / f"rates-{backbone}.json"
+            model = find()
             files = drawn(task)
             asked = {split: path for split, path in files.items() if split != "val"}
             sources = (sourced(model, task, some, plan) for some in (files, asked))
             cell = Cell(work / task / backbone, f"{task}-{backbone}", model, *sources)
             for part, target in targets.items():
-                if part == "tuned":
-                    source = sourced(model, SEARCHED, drawn(SEARCHED), plan) if len(plan.rates) > 1 else []
-                    more = (*plan.tune, *plan.search)
-                    options = shlex.join([*plan.compute, *more])
-                    told = f"{plan.rows['train']} training and {plan.rows['val']} validation rows {options}"
-                    search = Search(work / "search" / backbone, backbone, source, plan.rates, more, noted, told)
-                    searches += [step for step in search.steps() if step not in searches]
-                    parts[target] = tuned_steps(cell, plan, search)
-                else:
-                    parts[target] = (frozen_steps if part == "frozen" else prompted_steps)(cell, plan)
+                parts[target] = STEPS[part](cell, plan)
     left = {target: {step.name for step in own} for target, own in parts.items()}
-    for step in run_all([*searches, *(step for own in parts.values() for step in own)], work, given.jobs):
+    for step in run_all([step for own in parts.values() for step in own], work, given.jobs):
         for target, names in left.items():
             names.discard(step.name)
             if not names and not target.exists():
-                keep([Path(one.words[-1]) for one in parts[target] if one.words[0] == "evaluate"], target)
+                keep(parts[target], target)
     homes = unpack(kept, work)
     if not homes:
         sys.exit(f"nothing is kept in {kept} yet: name a task to run")

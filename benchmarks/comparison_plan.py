@@ -1,17 +1,17 @@
-"""What the comparison runs: the commands of each of its parts, and the choice of the tuning's learning rates."""
+"""What the comparison runs: the commands of each of its parts."""
 
 import json
-import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from commands import Step, write_whole
+from commands import Step
 
-PARTS = ("frozen", "prompted", "tuned")
 HEADS = "linear,linear-last,mlp,mlp-last,attention,ridge,ridge-mean,relish"
 METHODS = ("lora", "raft")
-SEARCHED = "stsb"
+TUNED = "tune.json"
+DIVERGED = "the loss was no longer finite"
+"""What `relish tune` says where a rate is no rate to take."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,9 @@ class Plan:
     """On each single layer; and where Huber is compared with squared error, at the middle one."""
     tuned_depths: str = "1,3,5"
     seeds: str = "0-2"
-    rates: tuple[str, ...] = ("3e-4", "1e-3", "3e-3")
-    """Learning rates that each method of tuning has to choose from, once for each LLM, by the validation rows of one
-    data set. Heads have sixteen pairs of rate and weight decay each (recipe-log.md)."""
-    search: tuple[str, ...] = ()
-    """More options of `relish tune` in that choice, besides those of every tuning."""
+    rates: tuple[str, ...] = ("3e-4", "1e-3")
+    """Learning rates that each method of tuning has to choose from on each data set, by its validation rows. Heads have
+    one rate and weight decay for all, found by one search for each (recipe-log.md)."""
     tune: tuple[str, ...] = ()
     """More options of `relish tune`."""
     train: tuple[str, ...] = ()
@@ -92,18 +90,32 @@ def prompted_steps(cell: Cell, plan: Plan) -> list[Step]:
     ]
 
 
-def tuned_steps(cell: Cell, plan: Plan, search: "Search") -> list[Step]:
-    """Adapters, heads on the LLM with each of them, and what the LLM that was tuned to answer does answer."""
+def tuned_steps(cell: Cell, plan: Plan) -> list[Step]:
+    """Adapters at each rate, heads on the LLM with the best, and what the LLM that was tuned to answer does answer."""
     found = []
     for method in METHODS:
-        words = ["tune", str(cell.home / method), *cell.source, "--method", method, *plan.tune]
-        needs = tuple(step.name for step in search.steps())
-        found.append(Step(f"{cell.tag}-tune-{method}", words, needs, partial(search.rate, method)))
+        folders = {rate: cell.home / f"{method}-{rate}" for rate in plan.rates}
+        for rate, folder in folders.items():
+            words = ["tune", str(folder), *cell.source, "--method", method, "--lr", rate, *plan.tune]
+            found.append(replace(cell.step(f"tune-{method}-{rate}", words), may_fail=DIVERGED))
         answers = "greedy,candidates" if method == "raft" else "regression"
-        layers = ["--layers", plan.layers, "--adapter", str(cell.home / method)]
-        found.append(cell.extract(method, *layers, "--readouts", answers, needs=(f"tune-{method}",)))
-        found += each_layer(cell, method, plan.tuned_depths, plan)
+        words = ["--layers", plan.layers, "--readouts", answers]
+        extract = cell.extract(method, *words, needs=tuple(f"tune-{method}-{rate}" for rate in folders))
+        found += [
+            replace(extract, late=partial(_best, list(folders.values()))),
+            *each_layer(cell, method, plan.tuned_depths, plan),
+        ]
     return found
+
+
+def _best(folders: list[Path]) -> list[str]:
+    """The option that names the adapter with the lowest validation NRMSE."""
+    nrmse = {
+        folder: json.loads(path.read_text())["val"]["nrmse"] for folder in folders if (path := folder / TUNED).exists()
+    }
+    if not nrmse:
+        raise SystemExit(f"not one of {', '.join(map(str, folders))} was tuned without diverging; see the logs")
+    return ["--adapter", str(min(nrmse, key=nrmse.__getitem__))]
 
 
 def each_layer(cell: Cell, cache: str, depths: str, plan: Plan) -> list[Step]:
@@ -121,72 +133,6 @@ def sourced(model: Path, task: str, files: dict[str, Path], plan: Plan) -> list[
     """The options that say which texts which LLM reads, and how."""
     data = [word for split, path in files.items() for word in ("--data", f"{split}={path}")]
     return ["--model", str(model), "--task", task, *data, *plan.compute]
-
-
-@dataclass(frozen=True)
-class Search:
-    """The learning rate of each method of tuning for one LLM: a short training at each of a few, on one data set."""
-
-    home: Path
-    backbone: str
-    source: list[str]
-    rates: tuple[str, ...]
-    more: tuple[str, ...]
-    noted: Path
-    """What was searched on, and validation NRMSE by method and rate, once they are known; null where the loss was no
-    longer finite. Figures of another search do not count."""
-    told: str
-    """On what it is searched."""
-
-    def steps(self) -> list[Step]:
-        """What has to be run, if anything: rates that are not noted yet, where there is a choice."""
-        found = []
-        if len(self.rates) == 1:
-            return found
-        noted = self._read()
-        for method in METHODS:
-            for rate in self.rates:
-                if rate in noted.get(method, {}):
-                    continue
-                words = ["tune", str(self._folder(method, rate)), *self.source, "--method", method, "--lr", rate]
-                # Such a rate is not chosen.
-                diverged = "the loss was no longer finite"
-                found.append(Step(f"{self.backbone}-search-{method}-{rate}", [*words, *self.more], may_fail=diverged))
-        return found
-
-    def rate(self, method: str) -> list[str]:
-        """The option that gives a method the best of its rates."""
-        if len(self.rates) == 1:
-            return ["--lr", *self.rates]
-        with _CHOOSING:
-            noted = self._read()
-            found = {name: {**self._figures(name), **noted.get(name, {})} for name in METHODS}
-            if found != noted:
-                self.noted.parent.mkdir(parents=True, exist_ok=True)
-                write_whole(self.noted, json.dumps({"search": self.told, **found}, indent=2) + "\n")
-        known = {rate: nrmse for rate, nrmse in found[method].items() if rate in self.rates and nrmse is not None}
-        if not known:
-            raise SystemExit(f"no rate of {method} gave an adapter; see the logs of the search")
-        return ["--lr", min(known, key=known.__getitem__)]
-
-    def _read(self) -> dict[str, dict[str, float | None]]:
-        if not self.noted.exists():
-            return {}
-        noted = json.loads(self.noted.read_text(encoding="utf-8"))
-        return noted if noted.pop("search", None) == self.told else {}
-
-    def _folder(self, method: str, rate: str) -> Path:
-        return self.home / f"{method}-{rate}"
-
-    def _figures(self, method: str) -> dict[str, float | None]:
-        tuned = {rate: self._folder(method, rate) / "tune.json" for rate in self.rates}
-        return {
-            rate: json.loads(path.read_text())["val"]["nrmse"] if path.exists() else None
-            for rate, path in tuned.items()
-        }
-
-
-_CHOOSING = threading.Lock()
 
 
 def resolved(model: Path, layers: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Tables on the recipe, from the reports of a comparison: layers, and losses."""
+"""Tables on the recipe, from the reports of a comparison: layers, losses, and learning rates of tuning."""
 
 import json
 from pathlib import Path
@@ -11,9 +11,24 @@ LOSS = "loss-report"
 
 
 def recipe_tables(homes: list[Path], heads_shown: list[str]) -> str:
-    """Markdown: the heads at each layer of the frozen LLM, and RELISH by either loss; validation / test NRMSE × 100."""
-    layers, losses = [], []
+    """Markdown: the heads at each layer of the frozen LLM, and RELISH by either loss; validation / test NRMSE × 100.
+
+    And validation NRMSE × 100 of the tuned LLM, by method and rate.
+    """
+    layers, losses, rates = [], [], []
     for home in homes:
+        tuned = [json.loads(path.read_text()) for path in home.glob("*/tune.json")]
+        for method in sorted({one["settings"]["method"] for one in tuned}):
+            by_rate = {
+                one["settings"]["lr"]: one["val"]["nrmse"] for one in tuned if one["settings"]["method"] == method
+            }
+            rates.append(
+                [
+                    home.name,
+                    method,
+                    "; ".join(f"{rate:g}: {100 * nrmse:.1f}" for rate, nrmse in sorted(by_rate.items())),
+                ]
+            )
         reports = {path.parent.name: json.loads(path.read_text()) for path in sorted(home.glob("*/results.json"))}
         if LOSS not in reports:
             continue  # what is kept is of other parts
@@ -34,7 +49,8 @@ def recipe_tables(homes: list[Path], heads_shown: list[str]) -> str:
     return (
         f"Validation / test NRMSE × 100, relish at the depth of the second table:\n\n"
         f"{table(['', 'layer', *heads_shown], layers)}\n\n"
-        f"{table(['', 'layer', 'L', 'Huber', 'squared error'], losses)}\n"
+        f"{table(['', 'layer', 'L', 'Huber', 'squared error'], losses)}\n\n"
+        f"Validation NRMSE × 100 of the tuned LLM by its learning rate:\n\n{table(['', 'method', 'rates'], rates)}\n"
     )
 
 

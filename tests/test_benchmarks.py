@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,20 +88,26 @@ def test_comparison(tmp_path):
     work, kept = tmp_path / "work", tmp_path / "kept"
     result, shown = run("comparison.py", tmp_path / "comparison.json", work, "--kept", kept, "--jobs", "2")
     parts = [f"stsb-tiny-{part}.tar.xz" for part in ("frozen", "prompted", "tuned")]
-    assert sorted(path.name for path in kept.iterdir()) == ["rates-tiny.json", *parts]
+    assert sorted(path.name for path in kept.iterdir()) == parts
     methods = {method["method"] for place in result["places"] for method in place["methods"]}
     families = {"greedy-0shot", "rail-0shot", "rail-samples-2shot", "ridge", "ridge-mean", "attention", "relish, L = 2"}
     tuned = {"tuned-head on lora", "linear-last on lora", "relish, L = 1 on lora"}
     answering = {"rail-sum-0shot on raft", "relish, L = 1 on raft"}
     assert families | tuned | answering <= methods
     assert "Macro average" in shown
-    rates = json.loads((kept / "rates-tiny.json").read_text())
-    assert rates.pop("search") == "24 training and 8 validation rows --epochs 1"
-    for method, by_rate in rates.items():
-        best = min(by_rate, key=by_rate.get)
-        assert (work / "done" / f"stsb-tiny-tune-{method}").read_text().splitlines()[0].endswith(f"--lr {best}")
+    recipe = (work / "recipe.md").read_text()
+    for method in ("lora", "raft"):
+        unpacked = (work / "unpacked" / "stsb-tiny").glob(f"{method}-*/tune.json")
+        nrmse = {path.parent.name: json.loads(path.read_text())["val"]["nrmse"] for path in unpacked}
+        assert set(nrmse) == {f"{method}-3e-4", f"{method}-1e-3"}
+        taken = (work / "done" / f"stsb-tiny-extract-{method}").read_text().splitlines()[0]
+        assert taken.endswith(f"--adapter {work / 'stsb' / 'tiny' / min(nrmse, key=nrmse.get)}")
+        figures = [
+            f"{rate}: {100 * nrmse[f'{method}-{name}']:.1f}" for rate, name in (("0.0003", "3e-4"), ("0.001", "1e-3"))
+        ]
+        assert f"| stsb-tiny | {method} | {'; '.join(figures)} |" in recipe
     assert {"frozen-2-report", "loss-report"} <= {path.name for path in (work / "unpacked" / "stsb-tiny").iterdir()}
-    assert "| stsb-tiny | 2 | 1 |" in (work / "recipe.md").read_text()
+    assert "| stsb-tiny | 2 | 1 |" in recipe
     glance = (work / "overview.md").read_text().splitlines()
     (own,) = (line for line in glance if line.startswith("| LoRA and its linear head | "))
     place = next(place for place in result["places"] if place["backbone"] == "model")
@@ -198,30 +203,23 @@ def test_a_step_is_noted_as_done_only_if_it_is_or_failed_as_foreseen(tmp_path, m
     assert (tmp_path / "done" / "foreseen").read_text().startswith("no-such-command\n")
 
 
-def test_rates_that_are_noted_are_not_searched_again(tmp_path, monkeypatch):
+def test_the_adapter_of_the_best_rate_is_read(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from comparison_plan import METHODS, Search
+    from backbones import tiny_model
+    from comparison_plan import METHODS, Cell, Plan, tuned_steps
 
-    noted = tmp_path / "rates.json"
-    noted.write_text(json.dumps({"search": "100 rows", **{method: {"1e-4": 0.3, "1e-3": None} for method in METHODS}}))
-    search = Search(tmp_path / "search", "tiny", [], ("1e-4", "1e-3", "3e-3"), (), noted, "100 rows")
-    assert [step.name for step in search.steps()] == ["tiny-search-lora-3e-3", "tiny-search-raft-3e-3"]
-    for method, nrmse in (("lora", 0.2), ("raft", 0.4)):
-        (tmp_path / "search" / f"{method}-3e-3").mkdir(parents=True)
-        (tmp_path / "search" / f"{method}-3e-3" / "tune.json").write_text(json.dumps({"val": {"nrmse": nrmse}}))
-    assert (search.rate("lora"), search.rate("raft")) == (["--lr", "3e-3"], ["--lr", "1e-4"])
-    assert json.loads(noted.read_text())["lora"] == {"1e-4": 0.3, "1e-3": None, "3e-3": 0.2}
-    assert search.steps() == []
-    assert replace(search, rates=("1e-4", "1e-3")).rate("lora") == ["--lr", "1e-4"]
-    assert len(replace(search, told="200 rows").steps()) == 6
-
-
-def test_a_single_rate_is_taken_without_a_search(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from comparison_plan import Search
-
-    search = Search(tmp_path / "search", "tiny", [], ("1e-3",), (), tmp_path / "rates.json", "100 rows")
-    assert (search.steps(), search.rate("raft"), search.noted.exists()) == ([], ["--lr", "1e-3"], False)
+    cell = Cell(tmp_path / "cell", "stsb-tiny", tiny_model(tmp_path / "model"), [], [])
+    steps = {step.name: step for step in tuned_steps(cell, Plan({}, rates=("3e-4", "1e-3", "3e-3")))}
+    for method in METHODS:
+        extract = steps[f"stsb-tiny-extract-{method}"]
+        assert set(extract.needs) == {f"stsb-tiny-tune-{method}-{rate}" for rate in ("3e-4", "1e-3", "3e-3")}
+        with pytest.raises(SystemExit, match=f"{method}-3e-3 was tuned without diverging"):
+            extract.late()
+        for rate, nrmse in (("3e-4", 0.3), ("1e-3", 0.2)):  # at the third rate the loss was no longer finite
+            folder = tmp_path / "cell" / f"{method}-{rate}"
+            folder.mkdir(parents=True)
+            (folder / "tune.json").write_text(json.dumps({"val": {"nrmse": nrmse}}))
+        assert extract.late() == ["--adapter", str(tmp_path / "cell" / f"{method}-1e-3")]
 
 
 def test_what_comparison_cannot_do_is_said():

@@ -234,7 +234,7 @@ def _meta(runs: Sequence[Run], cache: FeatureCache) -> dict[str, object]:
         "prompt": identity.prompt,
         "storage dtype": identity.dtype,
         "compute dtype": identity.compute_dtype,
-        **(_learned_from(runs[0]) if runs else {}),
+        **(_learned_from(runs[0]) if runs else _examples_from(cache)),
         **_recipe(runs),
         **{_MADE_BY.get(name, name.replace("_", " ")): value for name, value in cache.manifest.made_by.items()},
     }
@@ -248,6 +248,12 @@ def _learned_from(run: Run) -> dict[str, object]:
         TRAINED_ON: run.data["train"][:16],
         VALIDATED_ON: f"{name}, {fingerprint}{held_out}",
     }
+
+
+def _examples_from(cache: FeatureCache) -> dict[str, object]:
+    """Where no head was trained: the rows that examples of prompts are from."""
+    train = cache.manifest.splits.get("train")
+    return {TRAINED_ON: train.fingerprint[:16]} if train is not None else {}
 
 
 def _recipe(runs: Sequence[Run]) -> dict[str, object]:

@@ -23,7 +23,7 @@ TRAINED_ON = "training data"
 VALIDATED_ON = "validation data"
 LEARNED_FROM = ("training rows", TRAINED_ON, VALIDATED_ON)
 """What a report's `meta` says of what heads were trained on and chosen by; of the last two a hash of ids, filled
-prompts, labels and tokens."""
+prompts, labels and tokens. Of a cache without heads it says the second, of the rows that examples are from."""
 
 
 class Estimate(TypedDict):

@@ -9,6 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# A busy machine takes longer for an example than it did for the one before, which is no failure.
+settings.register_profile("relish", deadline=None)
+settings.load_profile("relish")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Several processes of tests, each of which starts more: threads of all of these would only wait for cores.

@@ -258,7 +258,7 @@ def found_good(folder):
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_open_cache_with_mutated_bytes(good, tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("fuzz") / "c"
     shutil.copytree(good, folder)
@@ -294,7 +294,7 @@ JUNK = (
 
 
 @given(data=st.data())
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 def test_open_cache_with_a_mutated_manifest_under_a_good_seal(good, tmp_path_factory, data):
     """As if another program had written it: the seal alone must not be what keeps a wrong field out."""
     folder = tmp_path_factory.mktemp("fuzz") / "c"

@@ -76,7 +76,7 @@ def message(call, *arguments):
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12),
     shard_rows=st.integers(1, 12),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_what_was_packed_comes_back_byte_for_byte(make, tmp_path_factory, dtype, layers, lengths, shard_rows):
     home = tmp_path_factory.mktemp("trip")
     made = make.write(home / "c", {"a": make.rows(lengths)}, dtype=dtype, layers=layers, shard_rows=shard_rows)

@@ -4,7 +4,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from relish.cache import reader
@@ -49,7 +49,6 @@ def message(call):
 
 
 @given(asked=st.lists(st.integers(0, 9), min_size=1, max_size=30), layer=st.sampled_from([1, 3]))
-@settings(deadline=None)
 def test_any_rows_in_any_order_more_than_once(make, cache, asked, layer):
     rows = make.rows()
     states = make.states(rows, make.identity(layers=(1, 3)))
@@ -66,7 +65,6 @@ def test_any_rows_in_any_order_more_than_once(make, cache, asked, layer):
 
 
 @given(asked=st.lists(st.integers(0, 9), min_size=1, max_size=30))
-@settings(deadline=None)
 def test_all_layers_at_once_are_those_read_one_by_one(make, cache, asked):
     opened = open_cache(cache)
     split = opened.split("train", layer="all")

@@ -21,7 +21,7 @@ from relish.cache.reader import open_cache
     shard_rows=st.integers(1, 30),
     data=st.data(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_what_is_written_is_read(make, tmp_path_factory, lengths, width, dtype, layers, shard_rows, data):
     layers = tuple(sorted(layers))
     rows = make.rows(tuple(lengths))

@@ -277,8 +277,8 @@ def cuts(make):
 
 
 def test_any_order_of_events(machine):
-    run_state_machine_as_test(machine, settings=settings(max_examples=15, stateful_step_count=15, deadline=None))
+    run_state_machine_as_test(machine, settings=settings(max_examples=15, stateful_step_count=15))
 
 
 def test_any_cut_into_shards(cuts):
-    run_state_machine_as_test(cuts, settings=settings(max_examples=12, stateful_step_count=12, deadline=None))
+    run_state_machine_as_test(cuts, settings=settings(max_examples=12, stateful_step_count=12))

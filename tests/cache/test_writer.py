@@ -175,7 +175,6 @@ def test_a_shard_whose_block_raises_leaves_no_file(make, tmp_path, error):
     lengths=st.lists(st.integers(1, 300), min_size=1, max_size=400),
     shard_rows=st.integers(1, 500),
 )
-@settings(deadline=None)
 def test_every_row_is_in_one_shard_the_longest_first(lengths, shard_rows):
     lengths = np.array(lengths)
     shards = cut_into_shards(lengths, shard_rows)
@@ -190,7 +189,7 @@ def test_every_row_is_in_one_shard_the_longest_first(lengths, shard_rows):
     kind=st.sampled_from(["uniform", "lognormal", "pareto", "constant", "two"]),
     count=st.integers(2000, 8000),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_padding_stays_under_five_percent_whatever_the_lengths(seed, kind, count):
     draw = np.random.default_rng(seed)
     lengths = {

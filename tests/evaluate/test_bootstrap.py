@@ -3,7 +3,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from relish.cache.errors import RelishError
@@ -50,7 +50,6 @@ def test_equals_the_loop_over_scipy(rows, decimals):
         lambda rows: sum(count for *_, count in rows) > 0
     )
 )
-@settings(deadline=None)
 def test_weighted_figures_equal_scipy_on_the_rows_written_out(rows):
     target, prediction, weights = np.array(rows, dtype=float).T
     # The weights must add up to N as a resample's do: rows of weight 0 fill up, or more rows of weight 1 would.

@@ -9,7 +9,7 @@ from relish.cache.errors import DataError
 from relish.extract.tables import hub_splits, read_hub, read_rows
 
 # The folder is the test's, not the example's; every example overwrites its one file.
-one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50, deadline=None)
+one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
 
 # csv refuses NUL before Python 3.11.
 text = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)

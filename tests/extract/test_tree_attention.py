@@ -36,7 +36,7 @@ def by_rows(asking, seen, mask):
     return not isinstance(attention_by_rows(asking, seen, [mask], everyone=ALL), nullcontext)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(0, 3),
     st.integers(0, 9),

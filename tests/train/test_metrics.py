@@ -2,7 +2,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
@@ -62,7 +62,6 @@ def test_perfect_predictions():
 
 
 @given(pairs(), st.sampled_from([0.5, 2.0, 8.0]), st.integers(-64, 64))
-@settings(deadline=None)
 def test_correlations_do_not_depend_on_scale_and_offset(pair, scale, offset):
     target, prediction = pair
     before = score(target, prediction, RANGE)
@@ -72,7 +71,6 @@ def test_correlations_do_not_depend_on_scale_and_offset(pair, scale, offset):
 
 
 @given(pairs(), st.randoms(use_true_random=False))
-@settings(deadline=None)
 def test_symmetries(pair, random):
     target, prediction = pair
     before = score(target, prediction, RANGE)

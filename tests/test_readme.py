@@ -170,6 +170,18 @@ def test_links_to_files_lead_somewhere(document: str) -> None:
     assert missing == []
 
 
+def test_the_tables_of_results_are_those_that_the_reports_gave() -> None:
+    """Each line of a table by LLM and of the duels; a macro average is left out where recipes differ."""
+    results = (ROOT / "RESULTS.md").read_text(encoding="utf-8").splitlines()
+    tables = sorted((ROOT / "benchmarks" / "results").glob("*/overview.md"))
+    assert tables
+    for path in tables:
+        text = re.sub(r"Macro averages.*?\n\n\|.*?\n\n", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+        lines = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| ---")]
+        assert len(lines) > 50
+        assert [line for line in lines if line not in results] == []
+
+
 def test_every_field_of_the_manifest_is_described() -> None:
     from dataclasses import fields
 

@@ -11,9 +11,9 @@ class AveragedWeights:
 
         w̄ = β w̄ + (1 - β) w,     β = (m / n)^(γ + 1),     m and n the steps taken at the last look and at this one
 
-    The last ninth or so of all steps counts, however many there are. Karras et al., Analyzing and improving the
-    training dynamics of diffusion models, CVPR 2024, equations 3 and 4, of which this is the form for looks at only
-    some of the steps.
+    With γ = 8 the last ninth or so of all steps counts, however many there are. Karras et al., Analyzing and improving
+    the training dynamics of diffusion models, CVPR 2024, "Power function EMA profile", where every step is looked at:
+    m = n - 1.
     """
 
     def __init__(self, head: Head, *, power: float) -> None:

@@ -32,7 +32,6 @@ from backbones import gemma3_folder, smollm2_folder, tiny_model
 from commands import Step, run_all, write_whole
 from comparison_plan import (
     HEADS,
-    TUNED,
     Cell,
     Plan,
     frozen_steps,
@@ -42,6 +41,8 @@ from comparison_plan import (
 )
 from overview import overview
 from recipe_tables import LOSS, recipe_tables
+
+from relish.extract.adapter import TUNED
 
 FILES = {
     "stsb": {"train": "stsb/train.csv", "val": "stsb/dev.csv", "test": "stsb/test.csv"},
@@ -86,11 +87,13 @@ def keep(steps: list[Step], target: Path) -> None:
     part = target.with_suffix(".part")
     with tarfile.open(part, "w:xz") as archive:
         for step in steps:
-            reads = {"evaluate": ("results.json", "predictions.csv"), "tune": (TUNED,)}.get(step.words[0], ())
-            folder = Path(step.words[1 if step.words[0] == "tune" else -1])
-            for name in reads:
-                if (folder / name).exists():  # not of a rate that diverged
-                    archive.add(folder / name, f"{folder.name}/{name}")
+            files = []
+            if step.words[0] == "evaluate":
+                files = [Path(step.words[-1]) / name for name in ("results.json", "predictions.csv")]
+            elif step.words[0] == "tune" and (tuned := Path(step.words[1]) / TUNED).exists():  # no rate that diverged
+                files = [tuned]
+            for file in files:
+                archive.add(file, f"{file.parent.name}/{file.name}")
     part.replace(target)
 
 

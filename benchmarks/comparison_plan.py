@@ -7,9 +7,10 @@ from pathlib import Path
 
 from commands import Step
 
+from relish.extract.adapter import TUNED
+
 HEADS = "linear,linear-last,mlp,mlp-last,attention,ridge,ridge-mean,relish"
 METHODS = ("lora", "raft")
-TUNED = "tune.json"
 DIVERGED = "the loss was no longer finite"
 """What `relish tune` says where a rate is no rate to take."""
 

@@ -190,11 +190,11 @@ def merge_adapter(adapter: Adapter, model: Any, name: str) -> Any:
 
 
 def _unfit(adapter: Adapter, name: str, reason: str) -> str:
-    made_on = (adapter.tuned["base"]["model"] if adapter.tuned else None) or adapter.config.get(
-        "base_model_name_or_path"
-    )
-    return f"the adapter {adapter.name} does not fit {name}: {reason}; give the backbone that it was made on" + (
-        f", {made_on}, with --model" if made_on else " with --model"
+    made_on = adapter.config.get("base_model_name_or_path")
+    told = f", {made_on}," if made_on else ""
+    return (
+        f"the adapter {adapter.name} does not fit {name}: {reason}; give the backbone that it was made on{told} with "
+        "--model"
     )
 
 

@@ -1,6 +1,5 @@
 """`train_heads`: a grid of heads × depths × seeds from one cache, resumable, several cells at once."""
 
-import os
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import torch
 from ..cache.errors import RunError
 from ..cache.lock import lock_folder
 from .cell import Training, open_training, train_cell
+from .cores import available_cores
 from .known import discard_other_diverged, known_cells
 from .progress import CellName, Listener
 from .run import Run, discard_unfinished
@@ -104,7 +104,8 @@ def _train(
     """Each cell with its metrics, or None if it diverged, as it ends."""
     left = [cell for cell in grid if cell not in there]
     processes = _processes(training, grid)
-    with _threads(_threads_each(training.settings, processes)) as threads:
+    threads = _threads_each(training.settings, processes)
+    with _threads(threads):
         yield from ((cell, there[cell]) for cell in grid if cell in there)
         if not left:
             return
@@ -138,27 +139,17 @@ def _processes(training: Training, grid: list[CellName]) -> int:
     return max(1, min(available_cores() // (settings.threads or 1), len(grid), worth))
 
 
-def _threads_each(settings: TrainSettings, processes: int) -> int | None:
-    """Threads of each process; None for torch's choice."""
-    if settings.threads is not None or processes == 1:
-        return settings.threads
-    return max(1, torch.get_num_threads() // processes)
-
-
-def available_cores() -> int:
-    """CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def _threads_each(settings: TrainSettings, processes: int) -> int:
+    """Threads of each process: those that torch would take, as far as there are cores, divided among them."""
+    return settings.threads or max(1, min(torch.get_num_threads(), available_cores()) // processes)
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[int]:
-    """Set torch's threads for a while; gives how many there are."""
+def _threads(count: int) -> Iterator[None]:
+    """Set torch's threads for a while."""
     before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
+    torch.set_num_threads(count)
     try:
-        yield torch.get_num_threads()
+        yield
     finally:
         torch.set_num_threads(before)

@@ -10,13 +10,15 @@ from pathlib import Path
 from .errors import CacheError
 from .fileio import open_read, replace_durably, temporary_name, writing_cache
 from .identity import Identity, refuse_differences
-from .manifest import COPY, MANIFEST, ShardRecord
-from .reader import open_cache
+from .lock import LOCK, lock_folder
+from .manifest import COPY, MANIFEST, ShardRecord, SplitRecord
+from .reader import FeatureCache, open_cache
 from .readouts import FOLDER, copy_readouts, merged_readouts
 from .shard import way_out
 from .verify import verify_shard
 
 _PIECE = 1 << 22
+_KEPT = "nothing was merged"
 
 
 def merge_caches(out: Path, caches: list[Path], progress: Callable[[int, int], None] | None = None) -> None:
@@ -26,26 +28,40 @@ def merge_caches(out: Path, caches: list[Path], progress: Callable[[int, int], N
     one, and one with more rows before one with fewer. So is each readout.
 
     Raises:
-        CacheError: if `out` exists, identities or label ranges differ, a split was made from different rows, or a shard
-            is damaged or cannot be written. Nothing is left in `out` then.
+        CacheError: if `out` holds anything or another process writes there, identities or label ranges differ, a split
+            was made from different rows, or a shard is damaged or cannot be written. Nothing is left in `out` then.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CacheError(f"{out} exists and is not an empty folder; merge into a new one")
+    _refuse_others(out)
     opened = [open_cache(path) for path in caches]
-    first = opened[0].manifest
-    chosen = {}
+    chosen = _choose(opened)
+    with writing_cache(out, _KEPT):
+        out.mkdir(parents=True, exist_ok=True)
+    with lock_folder(out, CacheError):
+        _refuse_others(out)  # what another process wrote since
+        _copy(opened, chosen, out, progress)
+
+
+def _refuse_others(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
+        raise CacheError(f"{out} exists and is not an empty folder; merge into a new one")
+
+
+def _choose(opened: list[FeatureCache]) -> dict[str, tuple[Path, SplitRecord]]:
+    """The folder that each split is taken from, and what is listed of it there."""
+    first = opened[0]
+    chosen: dict[str, tuple[Path, SplitRecord]] = {}
     for cache in opened:
         manifest = cache.manifest
         refuse_differences(
-            first.identity,
+            first.manifest.identity,
             manifest.identity,
-            what=f"the cache {caches[0]}, against {cache.folder},",
+            what=f"the cache {first.folder}, against {cache.folder},",
             advice="Only caches of one identity can be merged.",
         )
-        if manifest.label_range != first.label_range:
+        if manifest.label_range != first.manifest.label_range:
             raise CacheError(
-                f"{cache.folder} has the label range {manifest.label_range}, {caches[0]} has {first.label_range}; "
-                "only caches of one label range can be merged"
+                f"{cache.folder} has the label range {manifest.label_range}, {first.folder} has "
+                f"{first.manifest.label_range}; only caches of one label range can be merged"
             )
         for name, split in manifest.splits.items():
             have = chosen.get(name)
@@ -56,9 +72,17 @@ def merge_caches(out: Path, caches: list[Path], progress: Callable[[int, int], N
                 )
             if have is None or (split.complete, split.covered) > (have[1].complete, have[1].covered):
                 chosen[name] = (cache.folder, split)
-    kept = "nothing was merged"
-    with writing_cache(out, kept):
-        out.mkdir(parents=True, exist_ok=True)
+    return chosen
+
+
+def _copy(
+    opened: list[FeatureCache],
+    chosen: dict[str, tuple[Path, SplitRecord]],
+    out: Path,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Write the splits, with readouts of all caches; nothing, if something fails."""
+    first = opened[0].manifest
     made = [path for name in (COPY, MANIFEST) for path in (temporary_name(out / name), out / name)]
     total = sum(record.bytes for _, split in chosen.values() for record in split.shards)
     try:
@@ -70,8 +94,8 @@ def merge_caches(out: Path, caches: list[Path], progress: Callable[[int, int], N
                     progress(record.bytes, total)
         parts = merged_readouts([(cache.folder, cache.manifest) for cache in opened])
         made += [out / FOLDER / part.name for part in parts]
-        copy_readouts(out, parts, kept)
-        replace(first, splits={name: split for name, (_, split) in chosen.items()}).save(out, kept)
+        copy_readouts(out, parts, _KEPT)
+        replace(first, splits={name: split for name, (_, split) in chosen.items()}).save(out, _KEPT)
     except BaseException:
         for path in made:
             with suppress(OSError):  # the first error is the one to tell
@@ -84,15 +108,13 @@ def merge_caches(out: Path, caches: list[Path], progress: Callable[[int, int], N
 def _copy_shard(source: Path, out: Path, record: ShardRecord, identity: Identity) -> None:
     path, copy = source / record.file, out / record.file
     if not path.exists():
-        raise CacheError(f"nothing was merged: the shard {path} is missing; {way_out(source)}")
+        raise CacheError(f"{_KEPT}: the shard {path} is missing; {way_out(source)}")
     try:
         opened = os.fdopen(open_read(path), "rb")
     except OSError as reason:
-        raise CacheError(
-            f"nothing was merged: the shard {path} cannot be opened ({reason.strerror}); {way_out(source)}"
-        ) from None
+        raise CacheError(f"{_KEPT}: the shard {path} cannot be opened ({reason.strerror}); {way_out(source)}") from None
     temporary = temporary_name(copy)
-    with opened, writing_cache(copy, "nothing was merged"):
+    with opened, writing_cache(copy, _KEPT):
         with temporary.open("wb") as file:
             shutil.copyfileobj(opened, file, _PIECE)
             file.flush()
@@ -101,4 +123,4 @@ def _copy_shard(source: Path, out: Path, record: ShardRecord, identity: Identity
     # The copy is what is read, so that a fault in the copying shows as well.
     wrong = verify_shard(out, record, layers=len(identity.layers), width=identity.hidden_size, dtype=identity.dtype)
     if wrong:
-        raise CacheError(f"nothing was merged: {wrong[0].replace(str(copy), str(path))}")
+        raise CacheError(f"{_KEPT}: {wrong[0].replace(str(copy), str(path))}")

@@ -9,6 +9,7 @@ import torch
 
 from relish.cache.dtypes import storage_dtype
 from relish.cache.identity import Identity
+from relish.cache.lock import LOCK
 from relish.cache.writer import CacheWriter, SplitRows
 
 WIDTH = 6
@@ -86,7 +87,8 @@ def write(folder: Path, splits: dict[str, SplitRows] | None = None, *, shard_row
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    """Every file of a cache, but for its lock, which says nothing."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != LOCK}
 
 
 def flip(path: Path, place: int, bit: int = 0) -> None:

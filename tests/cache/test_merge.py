@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from relish.cache.errors import CacheError
+from relish.cache.lock import LOCK, lock_folder
 from relish.cache.merge import merge_caches
 from relish.cache.reader import open_cache
 from relish.cache.verify import verify_cache
@@ -23,6 +24,10 @@ def message(out, caches):
     with pytest.raises(CacheError) as caught:
         merge_caches(out, caches)
     return str(caught.value)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
 
 
 def test_the_splits_come_together_byte_for_byte(make, parts, tmp_path):
@@ -65,6 +70,16 @@ def test_a_folder_that_holds_something_is_refused(make, parts, tmp_path):
     assert make.contents(parts[0]) == before
 
 
+def test_a_folder_that_another_process_writes_into_is_refused(make, parts, tmp_path):
+    out = tmp_path / "all"
+    with lock_folder(out, CacheError):
+        assert message(out, list(parts)) == (
+            f"another process is writing into {out}; wait until it is done, or stop it"
+        )
+    merge_caches(out, list(parts))
+    assert open_cache(out).splits == ("train", "test", "dev")
+
+
 def test_another_identity_is_refused(make, parts, tmp_path):
     other = make.write(tmp_path / "other", layers=(2,))
     assert message(tmp_path / "all", [parts[0], other]) == (
@@ -97,7 +112,7 @@ def test_a_damaged_shard_is_named_and_nothing_is_left(make, parts, tmp_path):
     assert message(tmp_path / "all", list(parts)).startswith(
         f"nothing was merged: the shard {parts[1] / record.file} is damaged: the hidden states of row "
     )
-    assert list((tmp_path / "all").iterdir()) == []
+    assert names(tmp_path / "all") == [LOCK]
     make.flip(parts[1] / record.file, record.offset)
     merge_caches(tmp_path / "all", list(parts))
 
@@ -108,7 +123,7 @@ def test_a_missing_shard_is_named_and_nothing_is_left(parts, tmp_path):
         f"nothing was merged: the shard {parts[1] / 'dev-00001.h5'} is missing; "
         f"restore it from a copy, or run: relish cache repair {parts[1]}"
     )
-    assert list((tmp_path / "all").iterdir()) == []
+    assert names(tmp_path / "all") == [LOCK]
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -142,7 +157,7 @@ def test_a_full_disk_is_named_and_nothing_is_left(make, parts, tmp_path, run_cli
             " cannot be written (No space left on device); nothing was merged: free space, and run the same command "
             "again\n"
         )
-        assert not (disk / "all").exists() or list((disk / "all").iterdir()) == []
+        assert not (disk / "all").exists() or names(disk / "all") == [LOCK]
         filler.unlink()
         assert run_cli("cache", "merge", disk / "all", *parts).exit_code == 0
         assert verify_cache(open_cache(disk / "all")) == []
@@ -163,4 +178,4 @@ def test_a_manifest_that_cannot_be_written_leaves_nothing(parts, tmp_path, monke
             f"{tmp_path / 'all' / name} cannot be written ({os.strerror(errno.EDQUOT)}); nothing was merged: free "
             "space, and run the same command again"
         )
-    assert list((tmp_path / "all").iterdir()) == []
+    assert names(tmp_path / "all") == [LOCK]

@@ -57,10 +57,6 @@ def own(archive, tmp_path):
     return shutil.copytree(archive, tmp_path / "archive")
 
 
-def cache_files(make, folder):
-    return {name: data for name, data in make.contents(folder).items() if name != ".lock"}
-
-
 def message(call, *arguments):
     with pytest.raises(CacheError) as caught:
         call(*arguments)
@@ -82,7 +78,7 @@ def test_what_was_packed_comes_back_byte_for_byte(make, tmp_path_factory, dtype,
     made = make.write(home / "c", {"a": make.rows(lengths)}, dtype=dtype, layers=layers, shard_rows=shard_rows)
     pack_cache(made, home / "archive")
     assert unpack_cache(home / "archive", home / "back") == ["a"]
-    assert cache_files(make, home / "back") == cache_files(make, made)
+    assert make.contents(home / "back") == make.contents(made)
     assert verify_cache(open_cache(home / "back")) == []
     shutil.rmtree(home)
 
@@ -131,7 +127,7 @@ def test_an_unfinished_cache_comes_back_unfinished_and_goes_on(make, tmp_path):
     unpack_cache(tmp_path / "archive", tmp_path / "back")
     for folder in ("c", "back"):
         make.fill(make.open_writer(tmp_path / folder), "train", make.rows())
-    assert cache_files(make, tmp_path / "back") == cache_files(make, tmp_path / "c")
+    assert make.contents(tmp_path / "back") == make.contents(tmp_path / "c")
 
 
 def test_a_cache_whose_files_another_hdf5_laid_out_comes_back_too(make, tmp_path):
@@ -153,7 +149,7 @@ def test_a_cache_whose_files_another_hdf5_laid_out_comes_back_too(make, tmp_path
         (folder / name).write_text(sealed_text(value))
     pack_cache(folder, tmp_path / "archive")
     unpack_cache(tmp_path / "archive", tmp_path / "back")
-    assert cache_files(make, tmp_path / "back") == cache_files(make, folder)
+    assert make.contents(tmp_path / "back") == make.contents(folder)
 
 
 # Damage
@@ -188,7 +184,7 @@ def test_a_damaged_shard_stops_there_and_those_before_it_are_kept(make, cache, o
     assert not {"test-00001.h5", ".test-00001.h5.tmp", "manifest.json"} & set(there)
     path.write_bytes(data)
     unpack_cache(own, tmp_path / "back")
-    assert cache_files(make, tmp_path / "back") == cache_files(make, cache)
+    assert make.contents(tmp_path / "back") == make.contents(cache)
     assert all((tmp_path / "back" / name).stat().st_mtime_ns == moment for name, moment in kept.items())
 
 
@@ -259,7 +255,7 @@ def test_a_cache_that_grew_is_packed_where_it_is_new(make, tmp_path):
     pack_cache(folder, tmp_path / "archive")
     assert all(path.stat().st_mtime_ns == moment for path, moment in before.items())
     assert unpack_cache(tmp_path / "archive", tmp_path / "back") == ["train", "test"]
-    assert cache_files(make, tmp_path / "back") == cache_files(make, folder)
+    assert make.contents(tmp_path / "back") == make.contents(folder)
 
 
 def test_packing_again_mends_an_archive(make, cache, archive, own):
@@ -276,7 +272,7 @@ def test_unpacking_again_mends_the_cache(make, cache, archive, tmp_path):
     make.flip(tmp_path / "back" / "train-00001.h5", 3000)
     (tmp_path / "back" / "test-00000.h5").unlink()
     unpack_cache(archive, tmp_path / "back")
-    assert cache_files(make, tmp_path / "back") == cache_files(make, cache)
+    assert make.contents(tmp_path / "back") == make.contents(cache)
 
 
 # Forks once for every system call that changes a file, and kills the child right before that call.
@@ -319,10 +315,7 @@ def killed(work, kill_before):
         os._exit(0)
 
 
-def files(folder):
-    return {name: data for name, data in make["contents"](folder).items() if name != ".lock"}
-
-
+files = make["contents"]
 cache = make["write"](home / "c", {"train": make["rows"]((5, 5, 3))}, shard_rows=2)
 pack_cache(cache, home / "archive")
 whole = files(home / "archive")
@@ -347,7 +340,7 @@ for what in (0, 1):
             else:
                 assert files(home / f"back-{count}") == files(cache)
         if "manifest.json" in there:
-            assert verify_cache(open_cache(folder)) == [] and there == {**files(cache)} | {
+            assert verify_cache(open_cache(folder)) == [] and there == files(cache) | {
                 name: data for name, data in there.items() if name.startswith(".")}
         work()
         assert {n: d for n, d in files(folder).items() if n[0] != "."} == (whole, files(cache))[what], (what, count)
@@ -391,7 +384,7 @@ def test_ctrl_c_leaves_no_temporary_file_and_the_command_goes_on(make, cache, ar
         work()
     assert not list(out.glob(".*.tmp"))
     work()
-    assert cache_files(make, out) == cache_files(make, archive if what == "pack" else cache)
+    assert make.contents(out) == make.contents(archive if what == "pack" else cache)
 
 
 def test_ctrl_c_inside_hdf5_is_raised_after_it(make, cache, tmp_path, monkeypatch):
@@ -401,7 +394,7 @@ def test_ctrl_c_inside_hdf5_is_raised_after_it(make, cache, tmp_path, monkeypatc
     monkeypatch.setattr(packed, "write_at", stopped)
     with pytest.raises(KeyboardInterrupt):
         pack_cache(cache, tmp_path / "out")
-    assert sorted(make.contents(tmp_path / "out")) == [".lock", "archive.json", "manifest.packed.json"]
+    assert sorted(make.contents(tmp_path / "out")) == ["archive.json", "manifest.packed.json"]
 
 
 # A full disk, in real processes: a fault inside HDF5 shows at the interpreter's exit
@@ -435,7 +428,7 @@ def test_a_disk_that_fills_up(make, big, relish_process, tmp_path, what, share):
         filler.unlink()
         done = relish_process.run("cache", what, source, out)
         assert done.code == 0, done.stderr
-        assert cache_files(make, out) == cache_files(make, whole)
+        assert make.contents(out) == make.contents(whole)
 
 
 # What is refused
@@ -496,9 +489,9 @@ def test_shards_that_lost_their_manifest_are_not_unpacked_over(make, archive, tm
     folder = make.write(tmp_path / "c", {"train": make.rows(), "test": make.rows(seed=1)}, layers=(1, 3), shard_rows=2)
     for name in ("manifest.json", "manifest.copy.json"):
         (folder / name).unlink()
-    before = cache_files(make, folder)
+    before = make.contents(folder)
     assert "no manifest.json that lists them" in message(unpack_cache, archive, folder)
-    assert cache_files(make, folder) == before
+    assert make.contents(folder) == before
 
 
 def test_a_shard_that_is_gone_is_told_as_the_caches_not_the_archives(cache, tmp_path):
@@ -564,7 +557,7 @@ def test_the_commands_say_what_they_did_and_what_is_next(run_cli, make, cache, t
     )
     result = run_cli("cache", "unpack", tmp_path / "archive", tmp_path / "back")
     assert (result.exit_code, result.stdout) == (0, f"{tmp_path / 'back'}: splits train, test\n")
-    assert cache_files(make, tmp_path / "back") == cache_files(make, cache)
+    assert make.contents(tmp_path / "back") == make.contents(cache)
     result = run_cli("cache", "pack", cache, tmp_path / "archive", "--json")
     assert json.loads(result.stdout) == {"shards": 8, "bytes": before, "packed": after}
 

@@ -37,6 +37,7 @@ def extract(
     ] = None,
     hub: Annotated[str | None, typer.Option("--hub", help="Hub id of a data set, instead of --data.")] = None,
     hub_config: Annotated[str | None, typer.Option(help="Configuration of that data set.")] = None,
+    hub_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of its repository.")] = None,
     hub_splits: Annotated[
         str | None, typer.Option(metavar="SPLIT,...", help="Splits to take of it; default all.")
     ] = None,
@@ -125,6 +126,7 @@ def extract(
         data=parse_data(data or []),
         hub=hub,
         hub_config=hub_config,
+        hub_revision=hub_revision,
         hub_splits=tuple(name.strip() for name in hub_splits.split(",")) if hub_splits else (),
         prompt=prompt,
         chat_template=chat_template,

@@ -37,6 +37,8 @@ class TextSettings:
     """Hub id of a data set; a preset has one of its own."""
     hub_config: str | None = None
     """Configuration of that data set, where it has several."""
+    hub_revision: str | None = None
+    """Branch, tag or commit of its repository."""
     hub_splits: tuple[str, ...] = ()
     """Splits to take of it; () for all."""
     prompt: str | None = None

@@ -67,12 +67,16 @@ def _open_sources(settings: TextSettings, task: Task | None) -> dict[str, tuple[
         return {split: _open_source(split, source) for split, source in settings.data.items()}
     hub = settings.hub or (task.hub if task else None)
     assert hub is not None
-    config = settings.hub_config or (task.hub_config if task is not None and hub == task.hub else None)
-    there = hub_splits(hub, config)
+    preset = task if task is not None and hub == task.hub else None
+    config = settings.hub_config or (preset.hub_config if preset else None)
+    revision = settings.hub_revision or (preset.hub_revision if preset else None)
+    there = hub_splits(hub, config, revision)
     for split in settings.hub_splits:
         if split not in there:
             raise DataError(f"the data set {hub} has no split {split!r}; it has {', '.join(there)}")
-    return {split: (f"{hub} ({split})", read_hub(hub, split, config)) for split in settings.hub_splits or there}
+    return {
+        split: (f"{hub} ({split})", read_hub(hub, split, config, revision)) for split in settings.hub_splits or there
+    }
 
 
 def _open_source(split: str, source: Source) -> tuple[str, Iterable[Mapping[str, Any]]]:

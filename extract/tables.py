@@ -17,6 +17,10 @@ from ..cache.errors import DataError, require_extra
 # The most that a C long holds on every platform; beyond it csv raises OverflowError on Windows.
 _LONGEST_CELL = 2**31 - 1
 
+CONVERTED = "refs/convert/parquet"
+"""The branch where the hub keeps a data set as Parquet that its repository has only a script for: datasets 4 and later
+runs no scripts."""
+
 _QUOTED_CELL = re.compile(r'(?<![^\t])"[^"]*(?:""[^"]*)*"(?=\t|\r?\n?\Z)')
 
 
@@ -45,30 +49,32 @@ def read_rows(path: str | os.PathLike[str]) -> Iterator[dict[str, object]]:
     return reader(path)
 
 
-def read_hub(dataset_id: str, split: str, config: str | None = None) -> Iterator[dict[str, object]]:
+def read_hub(
+    dataset_id: str, split: str, config: str | None = None, revision: str | None = None
+) -> Iterator[dict[str, object]]:
     """Load one split of a data set at the hub and iterate over its rows.
 
     Nested columns are flattened: `{"translation": {"en": …}}` gives the column "translation.en".
 
     Raises:
-        DataError: if the hub cannot be reached, or has no such data set, config or split.
+        DataError: if the hub cannot be reached, or has no such data set, revision, config or split.
         MissingExtraError: if the package datasets is not installed.
     """
     datasets = require_extra("datasets", "hub", "Reading a data set from the hub")
     with _hub_failures(f"split {split!r} of the data set {_name(dataset_id, config)}"):
-        return iter(datasets.load_dataset(dataset_id, config, split=split).flatten())
+        return iter(datasets.load_dataset(dataset_id, config, split=split, revision=revision).flatten())
 
 
-def hub_splits(dataset_id: str, config: str | None = None) -> list[str]:
+def hub_splits(dataset_id: str, config: str | None = None, revision: str | None = None) -> list[str]:
     """Name the splits that a data set has at the hub.
 
     Raises:
-        DataError: if the hub cannot be reached, or has no such data set or config.
+        DataError: if the hub cannot be reached, or has no such data set, revision or config.
         MissingExtraError: if the package datasets is not installed.
     """
     datasets = require_extra("datasets", "hub", "Reading a data set from the hub")
     with _hub_failures(f"the splits of the data set {_name(dataset_id, config)}"):
-        return list(datasets.get_dataset_split_names(dataset_id, config))
+        return list(datasets.get_dataset_split_names(dataset_id, config, revision=revision))
 
 
 def _read_csv(path: Path, delimiter: str = ",") -> Iterator[dict[str, object]]:
@@ -220,7 +226,11 @@ def _hub_failures(wanted: str) -> Iterator[None]:
         yield
     # Offline, gated, misspelt, script-based …: each has its own class, from four packages and many of their versions.
     except Exception as error:
-        raise DataError(f"the hub did not give {wanted}: {_first_line(error)}") from error
+        what = _first_line(error)
+        way_out = ""
+        if what.startswith("Dataset scripts are no longer supported"):
+            way_out = f"; --hub-revision {CONVERTED} takes what the hub itself made of it, where it did"
+        raise DataError(f"the hub did not give {wanted}: {what}{way_out}") from error
 
 
 def _name(dataset_id: str, config: str | None) -> str:

@@ -6,6 +6,7 @@ Column names are candidates in order of preference: first those of the published
 from dataclasses import dataclass
 
 from ..cache.errors import DataError
+from .tables import CONVERTED
 
 # Every prompt asks first and shows the texts after: the states of a causal LM then know the question from the first
 # token.
@@ -38,6 +39,9 @@ class Task:
 
     hub_config: str | None
     """The config of the data set at the hub, if it has more than one."""
+
+    hub_revision: str | None = None
+    """The branch of its repository that can be read, if not the main one."""
 
 
 def get_task(name: str) -> Task:
@@ -92,6 +96,7 @@ _SICK = Task(
     label_range=(1.0, 5.0),
     hub="RobZamp/sick",
     hub_config=None,
+    hub_revision=CONVERTED,
 )
 
 TASKS: dict[str, Task] = {

@@ -236,6 +236,24 @@ def test_a_split_or_config_that_the_hub_lacks_is_a_data_error(hub_folder, split,
         read_hub(hub_folder, split, config)
 
 
+def test_a_data_set_of_a_script_is_refused_with_where_its_rows_are(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    (folder / "pairs.py").write_text("")
+    message = (
+        f"'{folder}': Dataset scripts are no longer supported, but found pairs.py; --hub-revision "
+        "refs/convert/parquet takes what the hub itself made of it, where it did"
+    )
+    with pytest.raises(DataError) as caught:
+        read_hub(str(folder), "test")
+    assert str(caught.value) == f"the hub did not give split 'test' of the data set {message}"
+    with pytest.raises(DataError) as caught:
+        hub_splits(str(folder))
+    assert str(caught.value) == f"the hub did not give the splits of the data set {message}"
+
+
 def test_a_hub_out_of_reach_is_a_data_error_of_one_line(monkeypatch):
     datasets = pytest.importorskip("datasets")
 

@@ -136,9 +136,11 @@ def _validated_elsewhere(first: Entry, second: Entry) -> bool:
 
 def _better(first: Entry, second: Entry) -> Entry | None:
     """The one of two entries of a method that stands for it, or None where nothing tells which."""
-    if np.array_equal(first.predictions, second.predictions, equal_nan=True):
-        return first  # what a cache's LLM answers is in the report of each layer
     mine, theirs = (entry.extras.get("val_nrmse") for entry in (first, second))
+    if np.array_equal(first.predictions, second.predictions, equal_nan=True):
+        # What a cache's LLM answers is in the report of each layer; it may have been asked about the validation split
+        # in between.
+        return second if mine is None and theirs is not None else first
     if mine is None or theirs is None or "" in (first.layer, second.layer):
         return None
     if second.layer in (first.layer, *(other.layer for other in first.rejected)) or _validated_elsewhere(first, second):

@@ -84,7 +84,7 @@ def answers_note(name: str, answers: dict[str, Any]) -> str:
     """What a table says about the answers behind a cell; empty if there is nothing to say."""
     parts = []
     if answers["shots_used"] != answers["shots"]:
-        parts.append(f"only {answers['shots_used']} examples fit the context")
+        parts.append(f"{answers['shots_used']} examples, since the context or the training split has no more")
     if "no_number" in answers:
         lost, of = answers["no_number"], answers["answers"]
         text = f"{lost:,} of {of:,} answers were no number"

@@ -84,7 +84,8 @@ def evaluate_runs(
         raise CacheError(
             f"{opened.folder} is a cache whose LLM was not asked about {split}"
             + "".join(f" ({sentence.rstrip('.')})" for sentence in left_out)
-            + f"; train heads from it: relish train {opened.folder} --out RUNS, or ask with relish extract --readouts"
+            + f"; train heads from it: relish train {opened.folder} --out RUNS"
+            + (", or ask with relish extract --readouts" if split != "train" else "")
         )
     answered, not_validated = _validated(answered, opened, layer, found[0] if found else None)
     results = summarise(

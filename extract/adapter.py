@@ -18,6 +18,7 @@ TUNED = "tune.json"
 """What `relish tune` writes last: a folder that has it is finished."""
 CHECKPOINT = "checkpoint.safetensors"
 """What an unfinished one goes on from."""
+BACKBONES_OWN = (".base_layer.weight", ".base_layer.bias")
 FORMAT = "relish adapter"
 VERSION = 1
 
@@ -103,6 +104,8 @@ def read_adapter(folder: str | Path) -> Adapter:
         AdapterError: if the folder holds none, an unfinished or damaged one, or one of another kind than LoRA.
     """
     folder = Path(folder).expanduser().resolve()
+    if folder.is_file():
+        raise AdapterError(f"{folder} is a file, and an adapter is a folder with {CONFIG} and {WEIGHTS}")
     tuned = read_tuned(folder)
     if tuned is None and (folder / CHECKPOINT).exists():
         raise AdapterError(f"the adapter {folder} is not finished; run its relish tune command again to go on")
@@ -146,7 +149,7 @@ def read_tuned(folder: Path) -> dict[str, Any] | None:
             error=AdapterError,
             sealed=True,
         )
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return None
 
 
@@ -167,7 +170,8 @@ def merge_adapter(adapter: Adapter, model: Any, name: str) -> Any:
         The same model, without any trace of peft.
 
     Raises:
-        AdapterError: if the model lacks a module of the adapter or has one of another shape, or the other way round.
+        AdapterError: if the model lacks a module of the adapter or has one of another shape, or the other way round; or
+            if it is of a kind that is never merged.
         MissingExtraError: if peft is not installed.
     """
     peft: Any = require_extra("peft", "tune", "Using an adapter")
@@ -183,10 +187,16 @@ def merge_adapter(adapter: Adapter, model: Any, name: str) -> Any:
         reason = " ".join(str(error).split())[:300]
         raise AdapterError(_unfit(adapter, name, reason)) from error
     wanted = set(peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False))
+    # Of an adapter of the embeddings or the LM head peft saves the backbone's own weights of these, too.
+    there = {name for name in there if name in wanted or not name.endswith(BACKBONES_OWN)}
     for what, names in (("it lacks", wanted - there), ("nothing takes its", there - wanted)):
         if names:
             raise AdapterError(_unfit(adapter, name, f"{what} {min(names)}"))
-    return wrapped.merge_and_unload()
+    try:
+        return wrapped.merge_and_unload()
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise AdapterError(f"the adapter {adapter.name} cannot be merged into {name}: {reason}") from error
 
 
 def _unfit(adapter: Adapter, name: str, reason: str) -> str:

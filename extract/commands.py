@@ -192,6 +192,6 @@ def _tell(cache: Path, summary: "ExtractSummary") -> None:
     if not summary.computed_tokens:
         typer.echo("everything was there already" if not summary.readouts else "all hidden states were there already")
     for readout in summary.readouts:
-        shots = f", {readout.shots_used} examples fit the context" if readout.shots_used != readout.shots else ""
+        shots = f", {readout.shots_used} examples" if readout.shots_used != readout.shots else ""
         done = f"{readout.computed:,} asked now" if readout.computed else "there already"
         typer.echo(f"{readout.split}: {readout.name}, {readout.rows:,} rows, {done}{shots}")

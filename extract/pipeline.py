@@ -19,7 +19,7 @@ from .adapter import open_adapter
 from .backbone import Backbone
 from .batches import Budget, run_in_batches
 from .files import find_backbone
-from .readouts import ReadoutSummary, add_readouts, refuse_unanswerable
+from .readouts import ReadoutSummary, add_readouts, plan_questions
 from .rows import SplitData
 from .settings import ExtractSettings
 from .sink import ShardSink, SinkShard
@@ -84,10 +84,10 @@ def extract_cache(cache: str | Path, settings: ExtractSettings, *, progress: Pro
     backbone = open_backbone(settings)
     if not settings.readouts:
         return fill_cache(folder, data, backbone, settings, progress=progress)
-    refuse_unanswerable(data, backbone, settings)
+    questions = plan_questions(data, backbone, settings, choose_max_length(settings.max_length, backbone))
     summary = fill_cache(folder, data, backbone, settings, progress=progress)
     backbone.release()
-    return replace(summary, readouts=add_readouts(folder, data, backbone, settings, progress))
+    return replace(summary, readouts=add_readouts(folder, data, questions, backbone, settings, progress))
 
 
 def open_backbone(settings: ExtractSettings) -> Backbone:

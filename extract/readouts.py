@@ -48,13 +48,29 @@ class ReadoutSummary:
     """Computing those took that long, as if no other readout shared the reading of what all prompts begin with."""
 
 
-def refuse_unanswerable(data: TextData, backbone: Backbone, settings: ExtractSettings) -> None:
-    """Refuse readouts that cannot be, before the work.
+@dataclass(frozen=True)
+class Questions:
+    """What the LLM will be asked."""
+
+    prompts: Prompts
+    fitting: dict[tuple[str, int], int]
+    """For each split and number of shots, how many examples fit."""
+
+
+def plan_questions(data: TextData, backbone: Backbone, settings: ExtractSettings, max_length: int) -> Questions:
+    """Say what will be asked, and refuse readouts that cannot be, before the work.
+
+    Args:
+        data: the texts.
+        backbone: the LLM; only its tokenizer is used.
+        settings: which readouts, with how many shots.
+        max_length: where the cache's rows are cut, if they are.
 
     Raises:
         BackboneError: for an encoder.
         AdapterError: if an adapter's own head is to predict, and it has none.
-        DataError: if there are no splits to ask about, or examples are asked for and there are none.
+        DataError: if there are no splits to ask about, examples are asked for and there are none, a row was cut, or
+            leaves no room for an answer.
     """
     refuse_encoder(backbone)
     if REGRESSION in settings.readouts:
@@ -63,11 +79,36 @@ def refuse_unanswerable(data: TextData, backbone: Backbone, settings: ExtractSet
         raise DataError(
             f"readouts are of all splits but {TRAIN}, and no other was given; add one such as --data test=FILE"
         )
-    choose_examples(data.splits.get(TRAIN), max(settings.shots), data.label_range)
+    examples = choose_examples(data.splits.get(TRAIN), max(settings.shots), data.label_range)
+    prompts = Prompts(backbone, examples, chat_template=settings.chat_template)
+    fitting: dict[tuple[str, int], int] = {}
+    for name, split in data.splits.items():
+        if name == TRAIN or set(settings.readouts) == {REGRESSION}:
+            continue
+        _refuse_cut(name, split, backbone, settings, max_length)
+        for shots in settings.shots:
+            fitting[name, shots] = prompts.fitting(name, split.texts, backbone.context or max_length, shots)
+    return Questions(prompts, fitting)
+
+
+def _refuse_cut(name: str, split: SplitData, backbone: Backbone, settings: ExtractSettings, max_length: int) -> None:
+    if not settings.truncate:
+        return
+    _, cut = backbone.tokenize(split.texts, chat_template=settings.chat_template, max_length=max_length, truncate=True)
+    if cut:
+        raise DataError(
+            f"{cut} rows of {name} are cut by --truncate, and what they ask with them; leave --readouts out, or "
+            "extract whole rows with a larger --max-length"
+        )
 
 
 def add_readouts(
-    folder: Path, data: TextData, backbone: Backbone, settings: ExtractSettings, progress: "Progress | None"
+    folder: Path,
+    data: TextData,
+    questions: Questions,
+    backbone: Backbone,
+    settings: ExtractSettings,
+    progress: "Progress | None",
 ) -> tuple[ReadoutSummary, ...]:
     """Ask the LLM about every row of the given splits but the training split, and write its answers into the cache.
 
@@ -76,22 +117,20 @@ def add_readouts(
     Args:
         folder: a cache that holds the splits.
         data: the texts.
+        questions: of `plan_questions`.
         backbone: the LLM.
         settings: which readouts, with how many shots.
         progress: hears of notes and progress; None for silence.
 
     Raises:
-        DataError: if a row leaves no room for an answer.
         CacheError: if the cache holds readouts of other settings, or one cannot be written.
     """
-    examples = choose_examples(data.splits.get(TRAIN), max(settings.shots), data.label_range)
-    prompts = Prompts(backbone, examples, chat_template=settings.chat_template)
     with lock_folder(folder, CacheError):
         jobs = [
             job
             for split in data.splits
             if split != TRAIN
-            for job in _plan_split(folder, split, data, prompts, backbone, settings)
+            for job in _plan_split(folder, split, data, questions, backbone, settings)
         ]
         pending = [job for job in jobs if job.pending]
         if pending:
@@ -108,7 +147,7 @@ def add_readouts(
                 key = job.readout.split, job.readout.shots_used if job.head is None else None
                 if key not in asked:
                     asked.clear()  # keys and values of many examples are large
-                    asked[key] = _ask(data.splits[job.readout.split], prompts, job, generator, backbone)
+                    asked[key] = _ask(data.splits[job.readout.split], questions.prompts, job, generator, backbone)
                 _run(folder, job, asked[key], generator, backbone, settings, progress)
     return tuple(job.summary(len(data.splits[job.readout.split].texts)) for job in jobs)
 
@@ -134,12 +173,12 @@ class _Job:
 
 
 def _plan_split(
-    folder: Path, split: str, data: TextData, prompts: Prompts, backbone: Backbone, settings: ExtractSettings
+    folder: Path, split: str, data: TextData, questions: Questions, backbone: Backbone, settings: ExtractSettings
 ) -> list[_Job]:
     asked = [kind for kind in settings.readouts if kind != REGRESSION]
     jobs = []
     for shots in settings.shots if asked else ():
-        jobs += _plan(folder, split, data, prompts, asked, shots, backbone)
+        jobs += _plan(folder, split, data, questions, asked, shots, backbone)
     if REGRESSION in settings.readouts:
         manifest = load_manifest(folder)
         head, sha256 = _own_head(backbone)
@@ -167,20 +206,13 @@ def _plan(
     folder: Path,
     split: str,
     data: TextData,
-    prompts: Prompts,
+    questions: Questions,
     kinds: list[str],
     shots: int,
     backbone: Backbone,
 ) -> list[_Job]:
     manifest = load_manifest(folder)
-    texts = data.splits[split].texts
-    if manifest.splits[split].truncated:
-        raise DataError(
-            f"{manifest.splits[split].truncated} rows of {split} were cut by --truncate, and what they ask with them; "
-            "leave --readouts out, or extract whole rows with a larger --max-length"
-        )
-    limit = backbone.context or manifest.identity.max_length
-    used = prompts.fitting(split, texts, limit, shots)
+    prompts, used = questions.prompts, questions.fitting[split, shots]
     plan = Readout(
         identity=manifest.identity,
         split=split,
@@ -202,7 +234,7 @@ def _plan(
             tokens = prompts.candidates(data.prompt, scores, data.label_range, used)
             more = {"candidates": scores, "end_token": int(tokens[0][-1])}
         readout = replace(plan, kind=kind, settings={**plan.settings, **more})
-        jobs.append(_Job(readout, pending_parts(folder, readout, len(texts)), tokens))
+        jobs.append(_Job(readout, pending_parts(folder, readout, len(data.splits[split].texts)), tokens))
     return jobs
 
 

@@ -126,6 +126,16 @@ def test_of_several_layers_each_method_has_its_own_best_by_validation(tmp_path):
     assert place.notes == ["layers chosen by validation NRMSE: mlp: 15 (not 20, mix); relish, L = 1: 20 (not 15, mix)"]
 
 
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_of_equal_answers_those_with_validation_figures_stand(tmp_path, order):
+    """The LLM was asked about the validation split between two reports of a cache."""
+    for name, layer, value in (("a", "15", None), ("b", "20", 0.3)):
+        extras = {("rail", 0): {"val_nrmse": value}}
+        write_report(tmp_path / name, grid(rail=0.7), meta={"layer": layer}, extras=extras)
+    (place,) = load_places([Source(tmp_path / name) for name in order])
+    assert [entry.extras["val_nrmse"] for entry in place.entries] == [0.3]
+
+
 def test_the_same_method_twice_is_refused_unless_it_is_a_variant(tmp_path):
     write_report(tmp_path / "a", grid(ridge=1.0, relish1=0.5))
     write_report(tmp_path / "b", grid(relish1=0.5))

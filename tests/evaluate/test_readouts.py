@@ -174,11 +174,14 @@ def test_notes_say_what_was_lost_and_how_many_examples_there_were():
     counts = {"answers": 1379, "no_number": 12, "replaced_rows": 12, "replaced_by": 2.6134, "clipped": 3}
     answers = {**about, **counts, "replaced_by_what": "the mean label of the training split"}
     assert answers_note("greedy-128shot", answers) == (
-        "greedy-128shot: only 96 examples fit the context; 12 of 1,379 answers were no number, and 12 rows got 2.61, "
+        "greedy-128shot: 96 examples, since the context or the training split has no more; 12 of 1,379 answers were no "
+        "number, and 12 rows got 2.61, "
         "the mean label of the training split; 3 outside the label range were clipped."
     )
     assert answers_note("rail-0shot", {"shots": 0, "shots_used": 0}) == ""
-    assert answers_note("rail-8shot", {"shots": 8, "shots_used": 2}) == "rail-8shot: only 2 examples fit the context."
+    assert answers_note("rail-8shot", {"shots": 8, "shots_used": 2}) == (
+        "rail-8shot: 2 examples, since the context or the training split has no more."
+    )
     assert "and 1 row got 2.61" in answers_note("g", {**answers, "replaced_rows": 1})
     assert answers_note("g", {**answers, "replaced_rows": 0, "no_number": 0, "shots_used": 128}) == (
         "g: 0 of 1,379 answers were no number; 3 outside the label range were clipped."
@@ -258,6 +261,10 @@ def test_a_cache_alone_is_evaluated_by_its_answers(folder, runs, run_cli, tmp_pa
     assert result.stderr == (
         f"error: {folder} is a cache whose LLM was not asked about test; train heads from it: relish train {folder} "
         "--out RUNS, or ask with relish extract --readouts\n"
+    )
+    assert run_cli("evaluate", folder, "--split", "train").stderr == (
+        f"error: {folder} is a cache whose LLM was not asked about train; train heads from it: relish train {folder} "
+        "--out RUNS\n"
     )
     dev = open_cache(folder).split("dev").target
     for split, count in (("test", ROWS), ("dev", len(dev))):

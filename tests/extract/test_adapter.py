@@ -113,6 +113,46 @@ def test_an_adapter_of_peft_alone_is_taken(plain, tuned, tiny_model):
     assert torch.equal(*states)
 
 
+@pytest.fixture
+def peft_adapter(tiny_model, tmp_path):
+    """`peft_adapter(target_modules=[...])`: a folder that peft wrote, and what its own unmerged model computes."""
+
+    def make(arch="llama", **config):
+        import peft
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(tiny_model(arch))
+        torch.manual_seed(0)
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=4, **config)).eval()
+        for weights in wrapped.parameters():
+            if weights.requires_grad:
+                torch.nn.init.normal_(weights, std=0.1)
+        with torch.no_grad():
+            logits = wrapped(input_ids=torch.tensor([[5, 20, 33, 40]])).logits
+        wrapped.save_pretrained(tmp_path / "peft")
+        return tmp_path / "peft", logits
+
+    return make
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+def test_an_adapter_of_the_embeddings_or_the_lm_head_is_taken(peft_adapter, tiny_model, module):
+    folder, expected = peft_adapter(target_modules=[module, "q_proj"])
+    merged = open_backbone(tiny_model("llama"), folder).read_model("AutoModelForCausalLM")
+    with torch.no_grad():
+        found = merged(input_ids=torch.tensor([[5, 20, 33, 40]])).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*bias")
+def test_an_adapter_that_peft_cannot_merge_is_refused(peft_adapter, tiny_model):
+    folder, _ = peft_adapter(target_modules=["q_proj"], lora_bias=True)
+    text = refused(folder, tiny_model("llama"))
+    assert text.startswith("the adapter peft cannot be merged into tiny-llama: ")
+    assert "bias" in text
+
+
 # The identity
 
 
@@ -236,6 +276,9 @@ def test_weights_too_many_and_too_few(plain, tiny_model):
 
 def test_what_is_no_adapter_is_refused(plain, tiny_model, tmp_path):
     model = tiny_model("llama")
+    file = tmp_path / "rows.csv"
+    file.touch()
+    assert refused(file, model) == f"{file} is a file, and an adapter is a folder with {CONFIG} and {WEIGHTS}"
     gone = tmp_path / "gone"
     assert refused(gone, model) == (
         f"{gone} is no adapter: it has no {CONFIG}; make one with: relish tune {gone} --method lora …"

@@ -236,11 +236,13 @@ def test_examples_need_a_training_split_and_readouts_another(settings, tmp_path)
 
 
 def test_rows_that_were_cut_or_leave_no_room_are_refused(settings, tmp_path):
-    with pytest.raises(DataError, match="20 rows of test were cut by --truncate, and what they ask with them"):
+    with pytest.raises(DataError, match="20 rows of test are cut by --truncate, and what they ask with them"):
         extract_cache(tmp_path / "c", settings(readouts=("greedy",), max_length=12, truncate=True))
+    assert not (tmp_path / "c").exists()  # refused before the work
     rows = {"test": [{"text": "x" * 112, "score": 1}]}
     with pytest.raises(DataError, match=f"row 0 of test has 1.. tokens, and with {NEW_TOKENS} for the answer"):
         extract_cache(tmp_path / "d", settings(data=rows, readouts=("greedy",)))
+    assert not (tmp_path / "d").exists()
 
 
 def test_readouts_of_other_examples_are_refused(settings, tiny_rows, tmp_path, monkeypatch):

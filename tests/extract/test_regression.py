@@ -110,7 +110,7 @@ def test_a_cut_text_has_a_prediction_and_no_answer(tuned, tiny_model, tiny_rows,
     with torch.no_grad():
         expected = load_regression_head(read_adapter(tuned("lora")))[0](*split.read(list(range(8))))
     assert split.read([0])[0].shape[1] == 6
-    with pytest.raises(DataError, match="8 rows of dev were cut by --truncate"):
+    with pytest.raises(DataError, match="8 rows of dev are cut by --truncate"):
         extract_cache(tmp_path / "c", replace(settings, readouts=("greedy",)))
     np.testing.assert_allclose(readout.answers, expected.numpy(), atol=1e-4)
 

@@ -4,6 +4,7 @@ import math
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from .errors import CacheError, DamagedCacheError
@@ -155,7 +156,7 @@ def load_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
     path = folder / name
     if folder.is_file():
         raise CacheError(f"{folder} is a file, and a cache is a folder")
-    mend = _MEND[name].format(folder=folder)
+    mend = _MEND[name].format(folder=quote(str(folder)))
     try:
         value = read_versioned(
             path,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -154,6 +154,14 @@ class Split:
         ]
         row_bytes = np.array([layout.row_bytes for layout in self._layouts])
         self._begin = np.array(first)[self._shard_of] + (self._position * row_bytes[self._shard_of])[:, None]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A descriptor's number means another file in another process, and what was checked there was not checked here.
+        return {**self.__dict__, "_files": OrderedDict(), "_checked": np.zeros_like(self._checked)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        weakref.finalize(self, _close_all, self._files)
 
     def __len__(self) -> int:
         return len(self.row)

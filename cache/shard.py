@@ -7,6 +7,7 @@ import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -186,7 +187,7 @@ class ShardWriter:
 
 def way_out(folder: Path) -> str:
     """What to do about a bad shard of a cache, to end a message."""
-    return f"restore it from a copy, or run: relish cache repair {folder}"
+    return f"restore it from a copy, or run: relish cache repair {quote(str(folder))}"
 
 
 def _hash_around(descriptor: int, size: int, start: int, length: int) -> str:

@@ -4,6 +4,7 @@ import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 
@@ -32,7 +33,7 @@ def verify_cache(cache: FeatureCache, progress: Callable[[int], None] | None = N
         try:
             load_manifest(cache.folder, COPY)
         except CacheError as error:
-            found.append(f"{str(error).partition(';')[0]}; run: relish cache repair {cache.folder}")
+            found.append(f"{str(error).partition(';')[0]}; run: relish cache repair {quote(str(cache.folder))}")
     identity = cache.identity
     for name, split in cache.manifest.splits.items():
         bad, rows = [], [np.zeros(0, dtype=np.int64)]

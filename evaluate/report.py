@@ -111,7 +111,11 @@ def headline(results: Results) -> str:
     name = f"RELISH with L = {best.depth}" if best.head == "relish" else f"The head {best.label}"
     pearson = best.metrics["pearson"]
     if not math.isfinite(pearson["mean"]):
-        return f"{name} predicts a constant on {results.split} ({results.rows:,} rows): {off}."
+        if np.ptp(results.target) == 0:
+            found = "has no correlation with labels that are all the same,"
+        else:
+            found = "predicts a constant" + (" with at least one of its seeds" if best.seeds > 1 else "")
+        return f"{name} {found} on {results.split} ({results.rows:,} rows): {off}."
     interval = " to ".join(format_number(bound) for bound in pearson["ci95"])
     return (
         f"{name} reaches a Pearson correlation of {format_number(pearson['mean'])} (95 % interval {interval}) on "

@@ -64,6 +64,7 @@ class Backbone:
         self.hidden_size: int = self._text_config.hidden_size
         self.layers = resolve_layers(layers, self.depth)
         self.tokenizer = self._from_pretrained("AutoTokenizer")
+        self.tokenizer.truncation_side = "right"  # some cut the beginning, where the instructions are
         self.device = pick_device(device)
         if compute_dtype == "auto":
             stated = getattr(self._text_config, "dtype", None) or getattr(config, "dtype", None)

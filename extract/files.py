@@ -11,16 +11,23 @@ from typing import Any
 from ..cache.errors import BackboneError, require_extra
 
 _CONFIG = ("config.json", "adapter_config.json", "*.py")
+# No wider: tables may lie beside the LLM's files, and are none of them.
 _TOKENIZER = (
-    "tokenizer*",
-    "vocab*",
-    "merges*",
+    "tokenizer*.json",
+    "vocab.*",
+    "vocab-*.json",
+    "merges.txt",
+    "encoder.json",
+    "bpe.codes",
+    "dict.txt",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template*",
+    "chat_template.*",
     "*.model",
+    "*.model.v*",
+    "*.spm",
     "*.tiktoken",
-    "spiece*",
+    "tekken.json",
 )
 # transformers' own names: a repository may hold the same weights once more under others (consolidated, fp16).
 _SAFE_WEIGHTS = (

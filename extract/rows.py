@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from numbers import Real
+from numbers import Integral, Real
 from reprlib import repr as short
 
 import numpy as np
@@ -240,9 +240,14 @@ def _has(source: str, available: Sequence[str]) -> str:
     return f"{source} has: {', '.join(available)}"
 
 
+def is_blank(cell: object) -> bool:
+    """Whether a cell holds nothing: None, pandas' NA, or no text."""
+    return cell is None or type(cell).__name__ == "NAType" or (isinstance(cell, str) and not cell.strip())
+
+
 def _text(row: Mapping[str, object], column: str, where: str) -> str:
     cell = row.get(column)
-    if cell is None:
+    if cell is None or type(cell).__name__ == "NAType":
         raise DataError(f"{where} has no text in column {column!r}")
     if not isinstance(cell, str):
         raise DataError(f"{where} has {short(cell)} in column {column!r}, which is not text")
@@ -254,7 +259,7 @@ def _text(row: Mapping[str, object], column: str, where: str) -> str:
 
 def _target(row: Mapping[str, object], column: str, where: str, label_range: tuple[float, float] | None) -> float:
     cell = row.get(column)
-    if cell is None or (isinstance(cell, str) and not cell.strip()):
+    if is_blank(cell):
         return math.nan
     value = _number(cell)
     if value is None or (math.isnan(value) and isinstance(cell, str)):
@@ -266,10 +271,17 @@ def _target(row: Mapping[str, object], column: str, where: str, label_range: tup
         raise DataError(f"{where} has the target {short(cell)} in column {column!r}, which is not finite")
     if label_range is not None and not math.isnan(value) and not label_range[0] <= value <= label_range[1]:
         raise DataError(
-            f"{where} has the target {value:g} in column {column!r}, outside the label range "
-            f"[{label_range[0]:g}, {label_range[1]:g}]; if the target is right, give its range with --label-range"
+            f"{where} has the target {exact(value)} in column {column!r}, outside the label range "
+            f"[{exact(label_range[0])}, {exact(label_range[1])}]; if the target is right, give its range with "
+            "--label-range, in a new folder if the cache has another one"
         )
     return value
+
+
+def exact(value: float) -> str:
+    """A number as short as it can be without being another one: 5, not 5.0, and 4.800000190734863."""
+    short_one = f"{value:g}"
+    return short_one if float(short_one) == value else repr(float(value))
 
 
 def _number(cell: object) -> float | None:
@@ -288,11 +300,13 @@ def _number(cell: object) -> float | None:
 
 def _id(row: Mapping[str, object], column: str, where: str) -> str:
     cell = row.get(column)
-    if isinstance(cell, float) and cell.is_integer():
+    if isinstance(cell, Integral) and not isinstance(cell, bool):
         cell = int(cell)
-    if cell is None or cell != cell or (isinstance(cell, str) and not cell.strip()):
+    elif isinstance(cell, Real) and not isinstance(cell, bool) and float(cell).is_integer():
+        cell = int(float(cell))
+    if is_blank(cell) or cell != cell:
         raise DataError(f"{where} has no id in column {column!r}; fill it, or name another one with --id-column")
-    if not isinstance(cell, (str, int, float, Decimal)):
+    if not isinstance(cell, (str, Real, Decimal)):
         raise DataError(f"{where} has {short(cell)} in column {column!r}, which is neither text nor a number")
     row_id = str(cell)
     if "\0" in row_id:

@@ -66,10 +66,14 @@ class TextSettings:
         at_least_1(self, "max_length")
         if self.label_range is not None:
             low, high = self.label_range
+            object.__setattr__(self, "label_range", (low, high))  # a list is as good
             if not -math.inf < low < high < math.inf:
                 raise SettingsError(
                     f"the label range must go from a smaller to a larger number, not from {low} to {high}"
                 )
+        for split in self.data:
+            if not isinstance(split, str):
+                raise SettingsError(f"a split's name is text, not {split!r}")
         if self.data and self.hub:
             raise SettingsError("rows come either from files (data) or from the hub, not from both")
         if not self.data and not self.hub and not self.task:
@@ -115,7 +119,7 @@ class ExtractSettings(TextSettings):
             raise SettingsError(
                 "the readout regression is what the head of a tuned adapter predicts; give its folder with --adapter"
             )
-        if self.shots != (0,) and not set(self.readouts) - {REGRESSION}:
+        if tuple(self.shots) != (0,) and not set(self.readouts) - {REGRESSION}:
             raise SettingsError(
                 "shots are the examples of readouts; say which with --readouts greedy,samples,candidates"
             )

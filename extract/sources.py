@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cache.errors import DataError
-from .rows import SplitData, guess_text_column, label_range_of, load_split, resolve_columns
+from .rows import SplitData, exact, guess_text_column, label_range_of, load_split, resolve_columns
 from .settings import Source, TextSettings
 from .tables import hub_splits, read_hub, read_rows
 from .tasks import Task, get_task
@@ -90,6 +90,9 @@ def _peek(rows: Iterable[Mapping[str, Any]], name: str) -> tuple[list[str], Iter
     first = next(iterator, None)
     if first is None:
         raise DataError(f"{name} holds no rows")
+    strange = next((column for column in first if not isinstance(column, str)), "")
+    if strange != "":
+        raise DataError(f"{name} has a column called {strange!r}, which is no text; rename it")
     return list(first), chain([first], iterator)
 
 
@@ -99,6 +102,6 @@ def _check_range(split: str, data: SplitData, label_range: tuple[float, float]) 
     if outside.any():
         value = data.targets[outside][0]
         raise DataError(
-            f"the split {split} has the label {value:g}, outside [{low:g}, {high:g}] that the training split spans; "
-            "give the real range with --label-range LOW,HIGH"
+            f"the split {split} has the label {exact(value)}, outside [{exact(low)}, {exact(high)}] that the training "
+            "split spans; give the real range with --label-range LOW,HIGH"
         )

@@ -93,6 +93,13 @@ def _read_tsv(path: Path) -> Iterator[dict[str, object]]:
 
 
 def _read_jsonl(path: Path) -> Iterator[dict[str, object]]:
+    # Read twice: a key that the first rows lack, such as the score of an unlabelled row, is a column all the same.
+    columns = dict.fromkeys(key for row in _json_rows(path) for key in row)
+    for row in _json_rows(path):
+        yield {**columns, **row}
+
+
+def _json_rows(path: Path) -> Iterator[dict[str, object]]:
     with _opened(path, newline="\n") as handle:
         for number, line in enumerate(handle, 1):
             if line.strip():
@@ -106,9 +113,20 @@ def _read_parquet(path: Path) -> Iterator[dict[str, object]]:
         with parquet.ParquetFile(path) as file:
             _check_header(path, file.schema_arrow.names)
             for batch in file.iter_batches():
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+                yield from _without_times(pyarrow, batch).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{path} cannot be read as Parquet: {_first_line(error)}") from None
+
+
+def _without_times(pyarrow: Any, batch: Any) -> Any:
+    """Times as text: Python's own have no nanoseconds and end with the year 9999."""
+    kinds = pyarrow.types
+    for place, field in enumerate(batch.schema):
+        if kinds.is_timestamp(field.type) or kinds.is_time(field.type) or kinds.is_date(field.type):
+            batch = batch.set_column(place, field.name, batch.column(place).cast(pyarrow.string()))
+        elif kinds.is_duration(field.type):
+            batch = batch.set_column(place, field.name, batch.column(place).cast(pyarrow.int64()))
+    return batch
 
 
 _READERS = {

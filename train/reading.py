@@ -145,8 +145,8 @@ class Projected:
         """Real tokens (N, n) to (B, T, n), zero where padded."""
         B, T = self._mask.shape
         if self._index is None:
-            return packed.view(B, T, -1)
-        return packed.new_zeros(B * T, packed.shape[1]).index_copy_(0, self._index, packed).view(B, T, -1)
+            return packed.view(B, T, packed.shape[1])
+        return packed.new_zeros(B * T, packed.shape[1]).index_copy_(0, self._index, packed).view(B, T, packed.shape[1])
 
 
 class Direct:

@@ -128,6 +128,8 @@ class TrainSettings:
             raise SettingsError(f"a depth is at least 1, not {min(self.depths)}")
         if min(self.seeds) < 0:
             raise SettingsError(f"a seed is at least 0, not {min(self.seeds)}")
+        if max(self.seeds) >= 2**63:
+            raise SettingsError(f"a seed is below 2**63, not {max(self.seeds)}")
         if self.lr is not None and not 0 < self.lr < math.inf:
             raise SettingsError(f"lr must be a number above 0, not {self.lr}")
         if self.weight_decay is not None and not 0 <= self.weight_decay < math.inf:
@@ -173,9 +175,10 @@ def parse_range(text: str, what: str) -> tuple[int, ...]:
     for part in text.split(","):
         low, dash, high = part.strip().partition("-")
         try:
-            values += range(int(low), int(high if dash else low) + 1)
+            found = range(int(low), int(high if dash else low) + 1)
         except ValueError:
             raise SettingsError(f"{what} takes numbers and ranges such as 0,2,7 or 1-5; not {text!r}") from None
-    if not values:
-        raise SettingsError(f"the grid is empty: {what} {text!r} holds no number")
+        if not found:
+            raise SettingsError(f"the grid is empty: {what} {part.strip()!r} holds no number")
+        values += found
     return tuple(values)

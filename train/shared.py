@@ -14,7 +14,8 @@ _ROUNDING = 0.1  # share of a half-precision value by which batches of other sha
 def shared_tokens(*splits: Split) -> int:
     """How many tokens all rows of all these splits begin with, and have the same hidden states of.
 
-    An encoder's states of the same tokens differ with what comes after them: there it is none.
+    An encoder's states of the same tokens differ with what comes after them: there it is none. (A few, such as [CLS] at
+    an early layer, may differ by little; but where a causal LM has any token in common, it has all of them.)
 
     Raises:
         CacheError: if a shard cannot be read, or is damaged.
@@ -32,7 +33,8 @@ def shared_tokens(*splits: Split) -> int:
         # Each dimension by its own size: some are hundreds of times larger than others.
         size = hidden.abs().amax(dim=(0, -2)).unsqueeze(-2)
         same = ((begins - first).abs() <= _ROUNDING * size).all(dim=-1).flatten(0, -2).all(dim=0)
-        shared = _leading(same.numpy())
+        if not same.all():
+            return 0
     return shared
 
 

@@ -1,5 +1,7 @@
+import copy
 import json
 import os
+import pickle
 
 import numpy as np
 import pytest
@@ -146,6 +148,27 @@ def test_few_files_are_open_at_once(make, tmp_path, monkeypatch):
             assert torch.equal(split.read([row]).hidden[0], make.states(rows, make.identity())[row][0])
             assert len(split._files) <= 2
     split.close()
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda split: pickle.loads(pickle.dumps(split))])
+def test_a_copy_or_a_split_in_another_process_opens_and_checks_its_own_files(own, tmp_path, copied):
+    split = open_cache(own).split("train")
+    rows = list(range(len(split)))
+    expected = split.read(rows)
+    other = copied(split)
+    del split  # closes its files, whose numbers are given to the next
+    (tmp_path / "other").write_bytes(bytes(1 << 16))
+    taken = [(tmp_path / "other").open("rb") for _ in range(8)]
+    for found, wanted in zip(other.read(rows), expected, strict=True):
+        assert torch.equal(found, wanted)
+    for file in taken:
+        file.close()
+    shard = own / record_of(own).file
+    data = bytearray(shard.read_bytes())
+    data[record_of(own).offset] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(CacheError, match="damaged"):
+        copied(other).read(rows)
 
 
 def test_a_cache_can_be_moved_and_copied_in_part(make, tmp_path):

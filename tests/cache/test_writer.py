@@ -222,3 +222,10 @@ def test_the_padding_that_is_reported_is_the_padding_there_is(make, tmp_path):
     lengths = np.array([len(tokens) for tokens in rows.tokens])
     shards = cut_into_shards(lengths, 4)
     assert padding_overhead(load_manifest(folder).splits["train"].shards) == overhead(lengths, shards)
+
+
+def test_two_new_names_that_differ_in_case_are_refused(make, tmp_path):
+    writer = make.open_writer(tmp_path / "c")
+    writer.split("train", make.rows(), shard_rows=4)
+    with pytest.raises(CacheError, match="the cache has a split 'train'; 'Train' would be the same file on some"):
+        writer.split("Train", make.rows(seed=1), shard_rows=4)

@@ -124,6 +124,20 @@ def test_correlations_that_do_not_exist(tmp_path):
     page = written(tmp_path, make(constant=True))
     assert "predicts a constant on test (60 rows)" in page.text
     assert not re.search(r"\bnan\b", page.text, re.IGNORECASE)
+    seeds = make([("relish", 3, 0), ("relish", 3, 1)], constant=True)
+    assert " predicts a constant with at least one of its seeds on test (60 rows)" in headline(seeds)
+    same = summarise(
+        "test",
+        (0, 5),
+        ["a", "b"],
+        range(2),
+        np.full(2, 3.0),
+        [CellPredictions("ridge", 0, 0, 1, np.array([1.0, 2.0]))],
+        META,
+    )
+    assert headline(same).startswith(
+        "The head ridge has no correlation with labels that are all the same, on test (2 rows)"
+    )
 
 
 def test_failed_cells_are_named(tmp_path):

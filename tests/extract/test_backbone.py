@@ -1,3 +1,4 @@
+import json
 import shutil
 from functools import cache
 from types import SimpleNamespace
@@ -207,6 +208,17 @@ def test_cutting_keeps_the_special_tokens_that_must_stay_at_the_end(tiny_model):
             assert row.tolist() == full.tolist()
         else:
             assert row.tolist() == [*full[:7], full[-1]]
+
+
+def test_the_end_is_cut_whatever_the_tokenizer_says(tiny_model, tmp_path):
+    own = shutil.copytree(tiny_model("llama"), tmp_path / "own")
+    path = own / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "truncation_side": "left"}))
+    rows, cut = tokenize(make(own), max_length=6, truncate=True)
+    whole, _ = tokenize(make(tiny_model("llama")))
+    assert cut
+    for row, full in zip(rows, whole, strict=True):
+        assert row.tolist() == full[:6].tolist()
 
 
 def test_many_rows_come_out_in_their_order(tiny_model):

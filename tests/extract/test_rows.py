@@ -168,8 +168,9 @@ def test_the_label_range_includes_its_ends(bounds):
         (
             {"text": "a", "y": "5.5"},
             "has the target 5.5 in column 'y', outside the label range [0, 5]; if the target is right, give its range "
-            "with --label-range",
+            "with --label-range, in a new folder if the cache has another one",
         ),
+        ({"text": "a", "y": np.float32(5.0000005)}, "has the target 5.000000476837158 in column 'y', outside the"),
         ({"text": "a", "y": -0.25}, "has the target -0.25 in column 'y', outside the label range [0, 5]"),
     ],
 )
@@ -194,6 +195,33 @@ def test_a_cell_that_cannot_be_used_is_named_with_its_row_and_column(row, messag
 def test_an_id_that_cannot_be_stored_is_refused(row_id, message):
     with pytest.raises(DataError, match=f"^row 0 of train.csv .*{message}"):
         load([{"text": "a", "id": row_id}], TEXT_AND_ID)
+
+
+class NAType:
+    """As pandas has it: neither true nor false, and unlike itself."""
+
+    def __eq__(self, other):
+        return self
+
+    def __bool__(self):
+        raise TypeError("boolean value of NA is ambiguous")
+
+    __hash__ = None
+
+
+def test_values_of_numpy_and_pandas():
+    rows = [
+        {"text": "a", "y": np.float32(1), "id": np.int64(7)},
+        {"text": "b", "y": NAType(), "id": np.float64(8)},
+        {"text": "c", "y": np.int64(2), "id": 2**60 + 1},
+    ]
+    split = load(rows, Columns(texts={"text": "text"}, target="y", id="id"))
+    assert split.ids == ["7", "8", str(2**60 + 1)]
+    np.testing.assert_array_equal(split.targets, [1, math.nan, 2])
+    with pytest.raises(DataError, match="row 0 of train.csv has no id"):
+        load([{"text": "a", "id": NAType()}], TEXT_AND_ID)
+    with pytest.raises(DataError, match="row 0 of train.csv has no text"):
+        load([{"text": NAType(), "id": 1}], TEXT_AND_ID)
 
 
 def test_no_rows_is_an_error():

@@ -34,6 +34,7 @@ def settings(**changes):
             {"label_range": (math.nan, 5.0)},
             RANGE + "nan to 5.0",
         ),
+        ({"data": {1: "a.csv"}}, "a split's name is text, not 1"),
         ({"hub": "org/data"}, "rows come either from files (data) or from the hub, not from both"),
         ({"data": {}}, "no rows to read: give --data SPLIT=FILE, --hub ID, or a --task preset"),
     ],

@@ -206,6 +206,33 @@ def test_stsb_rows_lose_their_csv_quotes(shared_data):
     assert rows[1523]["sentence1"] == 'A dog in a "superman" shirt sleeps on a blanket.'
 
 
+def test_times_in_parquet_are_text(tmp_path):
+    """Python has no nanoseconds and no year 10000."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    times = {
+        "ns": pyarrow.array([1], pyarrow.timestamp("ns")),
+        "far": pyarrow.array([2**62], pyarrow.timestamp("us")),
+        "day": pyarrow.array([1], pyarrow.date32()),
+        "hour": pyarrow.array([1], pyarrow.time64("ns")),
+        "took": pyarrow.array([5], pyarrow.duration("ns")),
+    }
+    parquet.write_table(pyarrow.table({"text": ["a"], **times}), tmp_path / "a.parquet")
+    (row,) = read_rows(tmp_path / "a.parquet")
+    assert (row["text"], row["ns"], row["day"]) == ("a", "1970-01-01 00:00:00.000000001", "1970-01-02")
+    assert (row["hour"], row["took"]) == ("00:00:00.000000001", 5)
+    assert isinstance(row["far"], str)
+
+
+def test_a_column_of_jsonl_that_the_first_row_lacks(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n\n{"text": "b", "score": 1, "id": "x"}\n')
+    assert list(read_rows(path)) == [
+        {"text": "a", "score": None, "id": None},
+        {"text": "b", "score": 1, "id": "x"},
+    ]
+
+
 @pytest.fixture
 def hub_folder(tmp_path, monkeypatch):
     """A data set in a folder, which datasets loads by its path as it would one at the hub by its id."""

@@ -152,3 +152,9 @@ def test_the_mlp_has_the_parameters_of_relish_at_depth_3(hidden_size, name):
     spec = HeadSpec(name=name, hidden_size=hidden_size, depth=0, latent_size=256, num_heads=8, dropout=0.0)
     relish = count_parameters(RelishHead(hidden_size=hidden_size, depth=3))
     assert count_parameters(build_head(spec)) == pytest.approx(relish, rel=0.001)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_batch_without_rows_gives_no_scores(name):
+    head = build_head(HeadSpec(name=name, hidden_size=32, depth=2, latent_size=16, num_heads=2, dropout=0.0))
+    assert head(torch.zeros(0, 7, 32), torch.ones(0, 7, dtype=torch.bool)).shape == (0,)

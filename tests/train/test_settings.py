@@ -19,6 +19,8 @@ def test_other_ranges_are_refused(text):
 
 
 def test_a_backward_range_is_an_empty_grid():
+    with pytest.raises(SettingsError, match="the grid is empty: --seeds '5-1' holds no number"):
+        parse_range("0,5-1", "--seeds")
     with pytest.raises(SettingsError, match="the grid is empty: --depths '5-1' holds no number"):
         parse_range("5-1", "--depths")
 
@@ -33,6 +35,7 @@ def test_a_layer_is_an_index_or_mix():
     ("given", "message"),
     [
         ({"heads": ()}, "the grid is empty: heads has no value"),
+        ({"seeds": (2**63,)}, r"a seed is below 2\*\*63, not 9223372036854775808"),
         ({"heads": ("cnn",)}, f"there is no head 'cnn'; there are {', '.join(HEADS)}"),
         ({"seeds": (1, 1)}, "seeds names a value twice: 1, 1"),
         ({"depths": (0,)}, "a depth is at least 1, not 0"),

@@ -135,7 +135,7 @@ def test_a_label_outside_the_range(extract, table):
     refused(
         extract("--data", f"train={path}", "--label-range", "0,5"),
         "row 1 of train.csv has the target 7 in column 'score', outside the label range [0, 5]; "
-        "if the target is right, give its range with --label-range",
+        "if the target is right, give its range with --label-range, in a new folder if the cache has another one",
     )
 
 

@@ -29,7 +29,8 @@ def merge_caches(out: Path, caches: list[Path], progress: Callable[[int, int], N
 
     Raises:
         CacheError: if `out` holds anything or another process writes there, identities or label ranges differ, a split
-            was made from different rows, or a shard is damaged or cannot be written. Nothing is left in `out` then.
+            was made from different rows, or a shard is damaged or cannot be written. Nothing but its lock is
+            left in `out` then.
     """
     _refuse_others(out)
     opened = [open_cache(path) for path in caches]

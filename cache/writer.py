@@ -70,7 +70,7 @@ class CacheWriter:
         self.folder = folder
         self.noted: list[str] = []
         """Differences that do not keep a cache from being continued, but that a person should hear of."""
-        self._new: list[str] = []  # splits that were begun
+        self._begun: set[str] = set()  # names of splits, of which the manifest lists none without a shard
         known = manifest_to_resume(folder)
         if known is not None:
             self.manifest = known
@@ -124,10 +124,13 @@ class CacheWriter:
             CacheError: if the split is there with other rows or another cut into shards.
         """
         check_split_name(name)
-        for other in (*self.manifest.splits, *self._new):
-            if other != name and other.casefold() == name.casefold() and name not in self.manifest.splits:
-                raise CacheError(f"the cache has a split {other!r}; {name!r} would be the same file on some systems")
-        self._new.append(name)
+        if name not in self.manifest.splits:  # one that has both already can be gone on with
+            for other in {*self.manifest.splits, *self._begun} - {name}:
+                if other.casefold() == name.casefold():
+                    raise CacheError(
+                        f"the cache has a split {other!r}; {name!r} would be the same file on some systems"
+                    )
+        self._begun.add(name)
         lengths = np.array([len(tokens) for tokens in rows.tokens], dtype=np.int64)
         shards = cut_into_shards(lengths, shard_rows)
         known = self.manifest.splits.get(name)

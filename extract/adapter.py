@@ -18,9 +18,9 @@ TUNED = "tune.json"
 """What `relish tune` writes last: a folder that has it is finished."""
 CHECKPOINT = "checkpoint.safetensors"
 """What an unfinished one goes on from."""
-BACKBONES_OWN = (".base_layer.weight", ".base_layer.bias")
 FORMAT = "relish adapter"
 VERSION = 1
+_BACKBONES_OWN = (".base_layer.weight", ".base_layer.bias")
 
 
 @dataclass(frozen=True)
@@ -188,13 +188,13 @@ def merge_adapter(adapter: Adapter, model: Any, name: str) -> Any:
         raise AdapterError(_unfit(adapter, name, reason)) from error
     wanted = set(peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False))
     # Of an adapter of the embeddings or the LM head peft saves the backbone's own weights of these, too.
-    there = {name for name in there if name in wanted or not name.endswith(BACKBONES_OWN)}
+    there = {key for key in there if key in wanted or not key.endswith(_BACKBONES_OWN)}
     for what, names in (("it lacks", wanted - there), ("nothing takes its", there - wanted)):
         if names:
             raise AdapterError(_unfit(adapter, name, f"{what} {min(names)}"))
     try:
         return wrapped.merge_and_unload()
-    except Exception as error:
+    except (RuntimeError, ValueError) as error:  # peft's, of a variant of LoRA that it has no merging for
         reason = " ".join(str(error).split())[:300]
         raise AdapterError(f"the adapter {adapter.name} cannot be merged into {name}: {reason}") from error
 

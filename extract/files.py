@@ -14,7 +14,9 @@ _CONFIG = ("config.json", "adapter_config.json", "*.py")
 # No wider: tables may lie beside the LLM's files, and are none of them.
 _TOKENIZER = (
     "tokenizer*.json",
-    "vocab.*",
+    "vocab.json",
+    "vocab.txt",
+    "vocab.bpe",
     "vocab-*.json",
     "merges.txt",
     "encoder.json",

@@ -83,7 +83,7 @@ def plan_questions(data: TextData, backbone: Backbone, settings: ExtractSettings
     prompts = Prompts(backbone, examples, chat_template=settings.chat_template)
     fitting: dict[tuple[str, int], int] = {}
     for name, split in data.splits.items():
-        if name == TRAIN or set(settings.readouts) == {REGRESSION}:
+        if name == TRAIN or not set(settings.readouts) - {REGRESSION}:
             continue
         _refuse_cut(name, split, backbone, settings, max_length)
         for shots in settings.shots:

@@ -240,14 +240,17 @@ def _has(source: str, available: Sequence[str]) -> str:
     return f"{source} has: {', '.join(available)}"
 
 
-def is_blank(cell: object) -> bool:
-    """Whether a cell holds nothing: None, pandas' NA, or no text."""
-    return cell is None or type(cell).__name__ == "NAType" or (isinstance(cell, str) and not cell.strip())
+def _is_missing(cell: object) -> bool:
+    return cell is None or type(cell).__name__ == "NAType"  # pandas', which is unlike itself and neither true nor false
+
+
+def _is_blank(cell: object) -> bool:
+    return _is_missing(cell) or (isinstance(cell, str) and not cell.strip())
 
 
 def _text(row: Mapping[str, object], column: str, where: str) -> str:
     cell = row.get(column)
-    if cell is None or type(cell).__name__ == "NAType":
+    if _is_missing(cell):
         raise DataError(f"{where} has no text in column {column!r}")
     if not isinstance(cell, str):
         raise DataError(f"{where} has {short(cell)} in column {column!r}, which is not text")
@@ -259,7 +262,7 @@ def _text(row: Mapping[str, object], column: str, where: str) -> str:
 
 def _target(row: Mapping[str, object], column: str, where: str, label_range: tuple[float, float] | None) -> float:
     cell = row.get(column)
-    if is_blank(cell):
+    if _is_blank(cell):
         return math.nan
     value = _number(cell)
     if value is None or (math.isnan(value) and isinstance(cell, str)):
@@ -300,11 +303,9 @@ def _number(cell: object) -> float | None:
 
 def _id(row: Mapping[str, object], column: str, where: str) -> str:
     cell = row.get(column)
-    if isinstance(cell, Integral) and not isinstance(cell, bool):
-        cell = int(cell)
-    elif isinstance(cell, Real) and not isinstance(cell, bool) and float(cell).is_integer():
+    if isinstance(cell, Real) and not isinstance(cell, Integral) and float(cell).is_integer():
         cell = int(float(cell))
-    if is_blank(cell) or cell != cell:
+    if _is_blank(cell) or cell != cell:
         raise DataError(f"{where} has no id in column {column!r}; fill it, or name another one with --id-column")
     if not isinstance(cell, (str, Real, Decimal)):
         raise DataError(f"{where} has {short(cell)} in column {column!r}, which is neither text nor a number")

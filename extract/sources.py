@@ -90,9 +90,9 @@ def _peek(rows: Iterable[Mapping[str, Any]], name: str) -> tuple[list[str], Iter
     first = next(iterator, None)
     if first is None:
         raise DataError(f"{name} holds no rows")
-    strange = next((column for column in first if not isinstance(column, str)), "")
-    if strange != "":
-        raise DataError(f"{name} has a column called {strange!r}, which is no text; rename it")
+    for column in first:
+        if not isinstance(column, str):
+            raise DataError(f"{name} has a column called {column!r}, which is no text; rename it")
     return list(first), chain([first], iterator)
 
 

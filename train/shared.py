@@ -29,7 +29,7 @@ def shared_tokens(*splits: Split) -> int:
         lengths = split.lengths
         hidden = split.read(np.unique([0, len(split) - 1, int(lengths.argmin()), int(lengths.argmax())])).hidden.float()
         begins = hidden[..., :shared, :]
-        first = begins[:1] if first is None else first[..., :shared, :]
+        first = begins[:1] if first is None else first
         # Each dimension by its own size: some are hundreds of times larger than others.
         size = hidden.abs().amax(dim=(0, -2)).unsqueeze(-2)
         same = ((begins - first).abs() <= _ROUNDING * size).all(dim=-1).flatten(0, -2).all(dim=0)

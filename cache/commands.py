@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .exact import exact_range
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -67,7 +69,7 @@ def info(
         packed = figures["packed"]
         facts.add_row("packed", f"{packed['shards']} of {packed['planned']} shards, {packed['bytes'] / 1e6:,.1f} MB")
         facts.add_row("unpack", Text(f"relish cache unpack {cache} CACHE"))
-    facts.add_row("label range", " to ".join(f"{value:g}" for value in figures["label_range"]))
+    facts.add_row("label range", exact_range(figures["label_range"]))
     if figures["task"]:
         facts.add_row("task", figures["task"])
     for name, value in {**figures["identity"], **figures["made_by"]}.items():

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ..cache.errors import RunError, SettingsError
+from ..cache.exact import exact, exact_range
 from .compare_read import Entry, Place, Source, load_report
 
 
@@ -71,10 +72,9 @@ def _refuse_other_rows(first: Place, other: Place) -> None:
             f"{both}, and score the splits {other.split} and {first.split}; evaluate the same split of both, or, {way}"
         )
     if other.label_range != first.label_range:
-        ranges = [f"{low:g} to {high:g}" for low, high in (other.label_range, first.label_range)]
+        ranges = f"{exact_range(other.label_range)} and from {exact_range(first.label_range)}"
         raise RunError(
-            f"{both}, with labels from {ranges[0]} and from {ranges[1]}, by which NRMSE divides; extract both with one "
-            f"--label-range, or, {way}"
+            f"{both}, with labels from {ranges}, by which NRMSE divides; extract both with one --label-range, or, {way}"
         )
     if len(other.row) != len(first.row):
         counts = f"{len(other.row):,} and {len(first.row):,}"
@@ -84,7 +84,7 @@ def _refuse_other_rows(first: Place, other: Place) -> None:
         if theirs != ours:
             raise RunError(
                 f"{both}, and score different rows: line {place} of one is row {theirs[0]} (id {theirs[1]!r}, gold "
-                f"{theirs[2]:g}), of the other row {ours[0]} (id {ours[1]!r}, gold {ours[2]:g}); {way}"
+                f"{exact(theirs[2])}), of the other row {ours[0]} (id {ours[1]!r}, gold {exact(ours[2])}); {way}"
             )
 
 

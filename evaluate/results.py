@@ -10,6 +10,7 @@ import torch
 
 from ..cache.device import pick_device
 from ..cache.errors import CacheError, DataError, RunError, require_extra
+from ..cache.exact import exact_range
 from ..cache.identity import refuse_differences
 from ..cache.manifest import MANIFEST, VALIDATION_NAMES
 from ..cache.reader import FeatureCache, Split, open_cache
@@ -188,8 +189,8 @@ def check_cache(runs: Sequence[Run], cache: FeatureCache) -> None:
             )
         if run.label_range != cache.label_range:
             raise CacheError(
-                f"the head {run.path.name} was trained on labels from {_range(run.label_range)}, and those of the "
-                f"cache {cache.folder} go from {_range(cache.label_range)}; give the cache it was trained on with "
+                f"the head {run.path.name} was trained on labels from {exact_range(run.label_range)}, and those of the "
+                f"cache {cache.folder} go from {exact_range(cache.label_range)}; give the cache it was trained on with "
                 "--cache"
             )
         refuse_differences(
@@ -198,10 +199,6 @@ def check_cache(runs: Sequence[Run], cache: FeatureCache) -> None:
             what=f"the cache that {run.path.name} was trained on",
             advice="Give that cache with --cache.",
         )
-
-
-def _range(bounds: tuple[float, float]) -> str:
-    return f"{bounds[0]:g} to {bounds[1]:g}"
 
 
 def _usual_cache(run: Run) -> Path:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..cache.errors import DataError
+from ..cache.exact import exact_range
 from ..cache.identity import Identity
 from ..cache.info import padding_overhead
 from ..cache.manifest import SkippedRow
@@ -115,8 +116,8 @@ def fill_cache(
     """`extract_cache`, once the texts are read and the backbone is found."""
     note = progress.note if progress is not None else _ignore
     if data.range_was_taken:
-        low, high = data.label_range
-        note(f"label range {low:g} to {high:g}, taken from the training split (--label-range sets it)")
+        taken = exact_range(data.label_range)
+        note(f"label range {taken}, taken from the training split (--label-range sets it)")
     max_length = choose_max_length(settings.max_length, backbone)
     maker = made_by(backbone)
     if backbone.adapter is not None:
@@ -134,7 +135,7 @@ def fill_cache(
         tokens, cut = backbone.tokenize(
             split.texts, chat_template=settings.chat_template, max_length=max_length, truncate=settings.truncate
         )
-        check_lengths(name, tokens, max_length)
+        check_lengths(name, tokens, max_length, truncate=settings.truncate)
         rows = SplitRows(split.ids, split.targets, tokens, cut, _fingerprint(split, tokens))
         splits.append((name, rows, writer.split(name, rows, shard_rows=settings.shard_rows)))
     for text in writer.noted:
@@ -197,17 +198,28 @@ def choose_max_length(asked: int | None, backbone: Backbone) -> int:
     return asked or context or 0
 
 
-def check_lengths(split: str, tokens: list[np.ndarray], max_length: int) -> None:
+def check_lengths(split: str, tokens: list[np.ndarray], max_length: int, *, truncate: bool) -> None:
     """Refuse rows that are too long, or have no token at all.
+
+    Args:
+        split: its name.
+        tokens: token ids of each row.
+        max_length: the most a row may have.
+        truncate: whether the tokenizer has cut them already; it leaves its special tokens in, however many.
 
     Raises:
         DataError: saying how many rows, and how long the longest is.
     """
     lengths = np.array([len(row) for row in tokens])
     if (lengths > max_length).any():
+        way = "a larger --max-length keeps them whole"
         raise DataError(
             f"{int((lengths > max_length).sum())} of {len(tokens)} rows of {split} are longer than {max_length} tokens "
-            f"(the longest has {lengths.max()}); --truncate cuts them, a larger --max-length keeps them whole"
+            + (
+                f"even when they are cut, since the tokenizer's special tokens stay; {way}"
+                if truncate
+                else f"(the longest has {lengths.max()}); --truncate cuts them, {way}"
+            )
         )
     if (lengths == 0).any():
         raise DataError(f"row {int(np.argmin(lengths))} of {split} gives no token at all; take it out")

@@ -12,6 +12,7 @@ from reprlib import repr as short
 import numpy as np
 
 from ..cache.errors import DataError
+from ..cache.exact import exact
 from .prompt import fill, prompt_fields
 from .tasks import Task
 
@@ -279,12 +280,6 @@ def _target(row: Mapping[str, object], column: str, where: str, label_range: tup
             "--label-range, in a new folder if the cache has another one"
         )
     return value
-
-
-def exact(value: float) -> str:
-    """A number as short as it can be without being another one: 5, not 5.0, and 4.800000190734863."""
-    short_one = f"{value:g}"
-    return short_one if float(short_one) == value else repr(float(value))
 
 
 def _number(cell: object) -> float | None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..cache.errors import DataError
-from .rows import SplitData, exact, guess_text_column, label_range_of, load_split, resolve_columns
+from ..cache.exact import exact
+from .rows import SplitData, guess_text_column, label_range_of, load_split, resolve_columns
 from .settings import Source, TextSettings
 from .tables import hub_splits, read_hub, read_rows
 from .tasks import Task, get_task

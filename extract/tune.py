@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..cache.errors import AdapterError, require_extra
+from ..cache.exact import exact_range
 from ..cache.fileio import write_durably, writing_cache
 from ..cache.identity import name_differences
 from ..cache.jsonfile import sealed_text
@@ -224,14 +225,14 @@ def _examples(
         tokens = answers.prompts.tokens(rows.texts, 0)
         if backbone.context is not None:
             max_length = min(max_length, backbone.context - max(map(len, answers.tokens)))
-    check_lengths(rows.name, tokens, max_length)
+    check_lengths(rows.name, tokens, max_length, truncate=settings.truncate)
     return Examples(tokens, rows.target)
 
 
 def _tell_rows(listener: Listener, data: TextData, val: TuneRows) -> None:
     if data.range_was_taken:
-        low, high = data.label_range
-        listener.note(f"label range {low:g} to {high:g}, taken from the training split (--label-range sets it)")
+        taken = exact_range(data.label_range)
+        listener.note(f"label range {taken}, taken from the training split (--label-range sets it)")
     unused = [name for name in data.splits if name not in ("train", val.name)]
     if unused:
         listener.note(f"not used: {', '.join(unused)}")

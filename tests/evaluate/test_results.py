@@ -103,6 +103,12 @@ def test_a_cache_of_another_label_range_is_refused(cache, runs, tmp_path, run_cl
     )
 
 
+def test_label_ranges_that_hardly_differ_are_told_apart(runs, tmp_path):
+    other = write_cache(tmp_path / "other", label_range=(0.0, 5.0000001))
+    with pytest.raises(CacheError, match=r"labels from 0 to 5, and those of the cache .* go from 0 to 5\.0000001;"):
+        evaluate_runs(runs, cache=other)
+
+
 def test_another_split_and_a_cache_that_has_moved(cache, runs, tmp_path):
     assert evaluate_runs(runs, split="dev").rows == 32
     moved = shutil.copytree(cache, tmp_path / "moved")

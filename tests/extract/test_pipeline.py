@@ -159,6 +159,14 @@ def test_a_backbone_without_a_context_needs_a_max_length(extract, tmp_path, monk
     extract(tmp_path / "c", max_length=64)
 
 
+def test_special_tokens_that_cannot_be_cut_are_not_told_to_be(extract, tiny_model, tmp_path):
+    found = message(lambda: extract(tmp_path / "c", model=tiny_model("bert"), max_length=1, truncate=True), DataError)
+    assert found == (
+        f"{COUNT} of {COUNT} rows of train are longer than 1 tokens even when they are cut, since the tokenizer's "
+        "special tokens stay; a larger --max-length keeps them whole"
+    )
+
+
 def test_cutting_is_recorded(extract, tmp_path):
     rows = [{"text": "a film", "score": 1}, {"text": "dull " * 70, "score": 2}]
     extract(tmp_path / "c", data={"train": rows}, max_length=16, truncate=True)

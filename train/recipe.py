@@ -7,6 +7,7 @@ from typing import Any
 from .settings import (
     AVERAGING_POWER,
     CLOSED_FORM,
+    DECAY_ROWS,
     EPOCHS,
     LEARNING_RATES,
     LEAST_SEEN,
@@ -45,9 +46,10 @@ def own_recipe(settings: TrainSettings, head: str, rows: int) -> Recipe | None:
     if head in CLOSED_FORM:
         return None
     epochs = settings.epochs or max(EPOCHS, math.ceil(LEAST_SEEN / rows))
+    decay = WEIGHT_DECAYS[head] * min(1.0, DECAY_ROWS / rows)
     return Recipe(
         lr=settings.lr or LEARNING_RATES[head],
-        weight_decay=settings.weight_decay if settings.weight_decay is not None else WEIGHT_DECAYS[head],
+        weight_decay=settings.weight_decay if settings.weight_decay is not None else decay,
         epochs=epochs,
         patience=settings.patience or math.ceil(3 / 5 * epochs),
         averaging_power=AVERAGING_POWER,

@@ -31,6 +31,9 @@ LEARNING_RATES = {
 WEIGHT_DECAYS = {"relish": 9.0, "linear": 9.0, "linear-last": 3.0, "mlp": 27.0, "mlp-last": 27.0, "attention": 3.0}
 """These and the rates above: each head's own, by the same search for each on validation rows of several pairs of data
 set and LLM, and again once weights were averaged (benchmarks/recipe-log.md, "The same budget for every head")."""
+DECAY_ROWS = 1_000
+"""Rows that these weight decays are for. On more they are less, in proportion: as a ridge penalty's, their share of the
+loss falls with the rows (benchmarks/recipe-log.md, "Weight decay and rows"; Wang and Aitchison, arXiv 2405.13698)."""
 EPOCHS, LEAST_SEEN = 5, 10_000
 """Heads learn in five epochs, and from few rows in as many as it takes to see 10,000 (benchmarks/recipe-log.md)."""
 AVERAGING_POWER, AVERAGE_EVERY = 8.0, 8
@@ -68,7 +71,7 @@ class TrainSettings:
     """mse or huber (δ = 1), on standardised targets. Huber predicts the median rather than the mean, which NRMSE and
     skewed labels, such as those of translation quality, do not forgive."""
     weight_decay: float | None = None
-    """AdamW's decoupled weight decay; None for each head's own (WEIGHT_DECAYS)."""
+    """AdamW's decoupled weight decay; None for each head's own (WEIGHT_DECAYS), less on more than 1,000 rows."""
     dropout: float = 0.0
     """On the attention's, the FFN's and the MLP's output."""
     warmup: float = 0.05

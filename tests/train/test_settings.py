@@ -69,8 +69,14 @@ def test_heads_learn_in_five_epochs_and_on_few_rows_until_they_have_seen_10000(r
     assert (recipe.epochs, recipe.patience) == (epochs, patience)
 
 
-def test_what_is_given_is_taken():
-    recipe = own_recipe(TrainSettings(epochs=2, patience=1, lr=0.5, weight_decay=0.0), "relish", 10)
+def test_more_rows_than_1000_lessen_the_weight_decay_in_proportion():
+    decays = [own_recipe(TrainSettings(), "relish", rows).weight_decay for rows in (1, 1000, 2000, 9000)]
+    assert decays == pytest.approx([9, 9, 4.5, 1])
+
+
+@pytest.mark.parametrize("rows", [10, 10_000])
+def test_what_is_given_is_taken(rows):
+    recipe = own_recipe(TrainSettings(epochs=2, patience=1, lr=0.5, weight_decay=0.0), "relish", rows)
     assert (recipe.epochs, recipe.patience, recipe.lr, recipe.weight_decay) == (2, 1, 0.5, 0.0)
 
 

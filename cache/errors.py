@@ -1,5 +1,6 @@
 """The errors that a person meets: one or two sentences on what was wrong, what was expected, and what to do next."""
 
+from collections.abc import Iterable
 from importlib import import_module
 from types import ModuleType
 
@@ -38,6 +39,18 @@ class SettingsError(RelishError, ValueError):
 
 class MissingExtraError(RelishError, ImportError):
     """An optional dependency is not installed; the message names the pip command."""
+
+
+def refuse_scalars(settings: object, *names: str) -> None:
+    """Refuse a single value where settings take several: a string would be taken for its letters.
+
+    Raises:
+        SettingsError: naming the setting.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if isinstance(value, str) or not isinstance(value, Iterable):
+            raise SettingsError(f"{name} takes several values; got {value!r}: give ({value!r},) for one")
 
 
 def require_extra(module: str, extra: str, purpose: str) -> ModuleType:

@@ -49,7 +49,7 @@ def evaluate(
     """
     from .files import results_json
     from .results import evaluate_runs
-    from .tables import print_table, to_latex, to_markdown
+    from .tables import print_table, table_console, to_latex, to_markdown
 
     with _Bar("evaluate", "heads") as bar:
         results = evaluate_runs(runs, cache=cache, split=split, out=out, device=device, progress=bar.show)
@@ -57,9 +57,7 @@ def evaluate(
         typer.echo(json.dumps(results_json(results), indent=2))
         return
     if format_ is Format.table:
-        from rich.console import Console
-
-        print_table(results, Console())
+        print_table(results, table_console())
     else:
         typer.echo(to_markdown(results) if format_ is Format.markdown else to_latex(results))
     if out is not None:
@@ -108,6 +106,7 @@ def compare(
     from .compare_sheets import sheets
     from .compare_tables import print_sheets, sheets_to_latex, sheets_to_markdown
     from .compare_words import headline, remarks
+    from .tables import table_console
 
     sources = [parse_source(report) for report in reports]
     if out is not None:
@@ -121,9 +120,7 @@ def compare(
         return
     tables, said, title = sheets(comparison, paper=paper), remarks(comparison), headline(comparison)
     if format_ is Format.table:
-        from rich.console import Console
-
-        print_sheets(title, tables, said, Console())
+        print_sheets(title, tables, said, table_console())
     else:
         markdown = format_ is Format.markdown
         typer.echo(sheets_to_markdown(title, tables, said) if markdown else sheets_to_latex(tables, said))
@@ -198,7 +195,7 @@ def demo(
     from ..extract.live import ExtractBar
     from ..train.live import LiveTable
     from .demo import run_demo
-    from .tables import print_table
+    from .tables import print_table, table_console
 
     console = Console(stderr=True)
     with ExtractBar() as bar, LiveTable() as table:
@@ -208,7 +205,7 @@ def demo(
             progress=bar,
             listener=table,
         )
-    print_table(results, Console())
+    print_table(results, table_console())
     typer.echo(f"report: {folder / 'report' / 'report.html'}")
 
 

@@ -97,7 +97,7 @@ def print_sheets(title: str, sheets: Sequence[Sheet], remarks: Sequence[str], co
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, caption_justify="left")
         table.caption = Text(shown(sheet.caption)) if sheet.caption else None
         for number, column in enumerate(sheet.columns):
-            fold = number == 0 and sheet.texts == 1
+            fold = number == 0 or sheet.texts > 1  # or a figure would be cut, which reads as another one
             justify = "left" if number < sheet.texts else "right"
             table.add_column(shown(column), justify=justify, overflow="fold", no_wrap=not fold)
         for name, lines in sheet.groups:

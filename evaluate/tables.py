@@ -1,6 +1,7 @@
 """Results as tables for people: terminal, Markdown and LaTeX."""
 
 import math
+import os
 from typing import TYPE_CHECKING
 
 from ..train.metrics import HIGHER_IS_BETTER, METRIC_NAMES, METRICS, PAPER_METRICS
@@ -122,9 +123,23 @@ def to_latex(results: Results) -> str:
 _PLAIN = str.maketrans({"↑": "^", "↓": "v", "±": "+-", "−": "-", "–": "-", "†": "+", "‡": "#", "×": "x", "≤": "<="})
 
 
+_PIPED = 200
+"""Columns of a table that no terminal limits."""
+
+
 def fit(text: str, console: "Console") -> str:
     """The text in the terminal's encoding: Python raises for a character that it lacks, as Windows' lack the arrows."""
     return text if console.encoding.lower().startswith("utf") else text.translate(_PLAIN)
+
+
+def table_console() -> "Console":
+    """Of stdout; so wide on a pipe that names of methods stay whole, for whoever searches them."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _PIPED
+    return console
 
 
 def print_table(results: Results, console: "Console") -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cache.dtypes import storage_dtype
-from ..cache.errors import SettingsError
+from ..cache.errors import SettingsError, refuse_scalars
 from ..cache.readouts import KINDS, REGRESSION
 
 Source = str | Path | Iterable[Mapping[str, Any]]
@@ -64,6 +64,7 @@ class TextSettings:
     def __post_init__(self) -> None:
         one_of("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
         at_least_1(self, "max_length")
+        refuse_scalars(self, "hub_splits")
         if self.label_range is not None:
             low, high = self.label_range
             object.__setattr__(self, "label_range", (low, high))  # a list is as good
@@ -108,6 +109,7 @@ class ExtractSettings(TextSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        refuse_scalars(self, "layers", "readouts", "shots")
         storage_dtype(self.dtype)
         one_of("on_nonfinite", self.on_nonfinite, ("error", "skip"))
         at_least_1(self, "batch_tokens", "shard_rows")

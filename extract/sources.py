@@ -6,8 +6,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..cache.errors import DataError
 from ..cache.exact import exact
+from ..cache.manifest import VALIDATION_NAMES
 from .rows import SplitData, guess_text_column, label_range_of, load_split, resolve_columns
 from .settings import Source, TextSettings
 from .tables import hub_splits, read_hub, read_rows
@@ -52,6 +55,8 @@ def load_texts(settings: TextSettings, known_range: tuple[float, float] | None) 
             source=name,
         )
         splits[split] = load_split(rows, columns, prompt, source=name, label_range=label_range)
+        if split in ("train", *VALIDATION_NAMES):
+            _check_labels(split, splits[split])
     taken = label_range is None
     if label_range is None:
         if "train" not in splits:
@@ -95,6 +100,17 @@ def _peek(rows: Iterable[Mapping[str, Any]], name: str) -> tuple[list[str], Iter
         if not isinstance(column, str):
             raise DataError(f"{name} has a column called {column!r}, which is no text; rename it")
     return list(first), chain([first], iterator)
+
+
+def _check_labels(split: str, data: SplitData) -> None:
+    """Refuse texts that no head could learn from, before the LLM reads them; without any label they may be for more."""
+    unlabelled = np.flatnonzero(np.isnan(data.targets))
+    if 0 < len(unlabelled) < len(data.targets):
+        raise DataError(
+            f"{len(unlabelled)} of {len(data.targets)} rows of the split {split!r} have no label, first row "
+            f"{unlabelled[0]} (id {data.ids[unlabelled[0]]!r}), and heads learn from labelled rows alone; fill them "
+            "in, or leave those rows out"
+        )
 
 
 def _check_range(split: str, data: SplitData, label_range: tuple[float, float]) -> None:

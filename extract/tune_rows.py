@@ -64,11 +64,12 @@ def choose_rows(data: TextData, count: int | None) -> tuple[TuneRows, TuneRows]:
     if len(chosen) < 2:
         raise DataError(f"{len(chosen)} training rows are left, and at least 2 are needed")
     for rows in (chosen, val):
-        unlabelled = rows.index[np.isnan(rows.target)]
+        split = rows.split
+        unlabelled = np.flatnonzero(np.isnan(split.targets))
         if len(unlabelled):
             raise DataError(
-                f"{len(unlabelled)} of {len(rows)} rows of the split {rows.name!r} have no label, first row "
-                f"{unlabelled[0]} (id {rows.split.ids[unlabelled[0]]!r}); all need one: fill them in, or leave those "
+                f"{len(unlabelled)} of {len(split.targets)} rows of the split {rows.name!r} have no label, first row "
+                f"{unlabelled[0]} (id {split.ids[unlabelled[0]]!r}); all need one: fill them in, or leave those "
                 "rows out"
             )
     return chosen, val

@@ -79,7 +79,7 @@ def train(
     \b
     relish train sts-cache --out runs
     relish train sts-cache --out runs --head relish,linear,mlp,ridge --depths 1-5 --seeds 0-2
-    relish train sts-cache --out runs --depths 1-5 --seeds 0-2 \
+    relish train sts-cache --out runs --depths 1-5 --seeds 0-2 \\
         --head relish,linear,linear-last,mlp,mlp-last,attention,ridge,ridge-mean
     relish train sts-cache --out runs-mix --layer mix
     """

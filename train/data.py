@@ -111,11 +111,12 @@ def training_rows(cache: FeatureCache, settings: TrainSettings) -> tuple[Rows, R
         held = np.sort(np.random.default_rng(0).permutation(len(train))[:count])
         chosen = Rows(train, np.setdiff1d(everything, held)), Rows(train, held)
     for rows in chosen:
-        unlabelled = rows.index[np.isnan(rows.target)]
+        split = rows.split
+        unlabelled = np.flatnonzero(np.isnan(split.target[:]))  # of the whole split, whatever of it is held out
         if len(unlabelled):
-            split, first = rows.split, unlabelled[0]
+            first = unlabelled[0]
             raise DataError(
-                f"{len(unlabelled)} of {len(rows)} rows of the split {split.name!r} of the cache {cache.folder} have "
+                f"{len(unlabelled)} of {len(split)} rows of the split {split.name!r} of the cache {cache.folder} have "
                 f"no label, first row {split.row[first]} (id {split.ids[first]!r}); all need one: fill them in, or "
                 "leave those rows out, and extract into another folder"
             )

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from ..cache.errors import SettingsError
+from ..cache.errors import SettingsError, refuse_scalars
 
 HEADS = {
     "relish": "latent state with refinement steps",
@@ -105,6 +105,7 @@ class TrainSettings:
     number gives the same weights."""
 
     def __post_init__(self) -> None:
+        refuse_scalars(self, "heads", "depths", "seeds")
         for name, values in (("heads", self.heads), ("seeds", self.seeds), ("depths", self.depths)):
             if not values:
                 raise SettingsError(f"the grid is empty: {name} has no value")

@@ -281,6 +281,18 @@ def test_the_terminal_takes_any_encoding_and_markup_in_names(comparison, encodin
     assert all(len(line) <= 100 for line in text.splitlines())
 
 
+def test_a_narrow_terminal_loses_nothing(comparison):
+    file = io.StringIO()
+    rivals = next(sheet for sheet in sheets(comparison) if sheet.texts > 1)
+    print_sheets("", [rivals], [], Console(file=file, width=80))
+    text = file.getvalue()
+    assert all(len(line) <= 80 for line in text.splitlines())
+    for _, lines in rivals.groups:
+        for figure in (figure for line in lines for figure in line):
+            assert figure.text in text
+            assert all(word in text for word in figure.soft.split())
+
+
 # The page
 
 

@@ -21,6 +21,8 @@ def settings(**changes):
         ({"max_length": 0}, "max_length must be at least 1, not 0"),
         ({"batch_tokens": -1}, "batch_tokens must be at least 1, not -1"),
         ({"shard_rows": 0}, "shard_rows must be at least 1, not 0"),
+        ({"layers": 0.5}, "layers takes several values; got 0.5: give (0.5,) for one"),
+        ({"readouts": "greedy"}, "readouts takes several values; got 'greedy': give ('greedy',) for one"),
         ({"layers": (-1,)}, "a layer is an index from 0 on or a fraction of the depth up to 1.0, not -1"),
         ({"layers": (2, 1.5)}, "a layer is an index from 0 on or a fraction of the depth up to 1.0, not 1.5"),
         ({"layers": (math.nan,)}, "a layer is an index from 0 on or a fraction of the depth up to 1.0, not nan"),

@@ -1,7 +1,8 @@
-"""Where rows come from at the hub: the real datasets library is asked for the right thing, without a network."""
+"""Where rows come from; at the hub the real datasets library is asked for the right thing, without a network."""
 
 import pytest
 
+from relish.cache.errors import DataError
 from relish.extract.settings import TextSettings
 from relish.extract.sources import load_texts
 
@@ -50,3 +51,22 @@ def test_the_data_set_the_config_and_the_revision(asked, settings, expected):
 def test_some_of_the_splits(asked):
     assert list(load_texts(TextSettings(model="m", task="sick", hub_splits=("test",)), None).splits) == ["test"]
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize("split", ["train", "dev"])
+def test_blank_labels_that_no_head_can_learn_from_are_refused_before_the_llm_reads(split):
+    labelled = [{"text": "a film", "score": score} for score in (1, 2, 5)]
+    data = {"train": labelled, split: [*labelled, {"text": "dull", "score": " "}]}
+    with pytest.raises(DataError) as caught:
+        load_texts(TextSettings(model="m", data=data), None)
+    assert str(caught.value) == (
+        f"1 of 4 rows of the split '{split}' have no label, first row 3 (id '3'), and heads learn from labelled rows "
+        "alone; fill them in, or leave those rows out"
+    )
+
+
+def test_blank_labels_may_be_elsewhere_and_everywhere():
+    rows = [{"text": "a film", "score": 1}, {"text": "dull", "score": None}]
+    bare = [{"text": "a film", "score": ""}]
+    splits = load_texts(TextSettings(model="m", data={"test": rows, "train": bare}, label_range=(0, 5)), None).splits
+    assert [int((splits[name].targets != splits[name].targets).sum()) for name in ("test", "train")] == [1, 1]

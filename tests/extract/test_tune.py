@@ -326,7 +326,7 @@ def test_rows_that_cannot_be_used_are_refused_before_the_model_is_found(tune_set
     rows = tiny_rows(6)
     rows[2]["score"] = None
     for data, message in (
-        ({"train": rows}, "1 of 5 rows of the split 'train' have no label, first row 2 (id "),
+        ({"train": rows}, "1 of 6 rows of the split 'train' have no label, first row 2 (id "),
         ({"dev": tiny_rows(6)}, "an adapter learns from the split train, and there is only dev"),
         ({"train": tiny_rows(4)[:2]}, "1 training rows are left, and at least 2 are needed"),
     ):

@@ -111,6 +111,12 @@ def test_without_a_validation_split_the_same_rows_are_held_out_for_every_cell(tm
     assert np.array_equal(val.index, again.index)
 
 
+def test_unlabelled_rows_are_counted_over_the_whole_split_whatever_is_held_out(tmp_path):
+    cache = open_cache(write_cache(tmp_path / "c", sizes={"train": 50}, label=float("nan")))
+    with pytest.raises(DataError, match="^50 of 50 rows of the split 'train'"):
+        training_rows(cache, TrainSettings())
+
+
 def test_unlabelled_rows_and_missing_splits_are_refused(tmp_path, cache):
     unlabelled = open_cache(write_cache(tmp_path / "c", label=float("nan")))
     with pytest.raises(DataError, match="96 of 96 rows of the split 'train' of the cache .* have no label"):

@@ -35,6 +35,8 @@ def test_a_layer_is_an_index_or_mix():
     ("given", "message"),
     [
         ({"heads": ()}, "the grid is empty: heads has no value"),
+        ({"heads": "relish"}, r"^heads takes several values; got 'relish': give \('relish',\) for one$"),
+        ({"seeds": 0}, r"^seeds takes several values; got 0: give \(0,\) for one$"),
         ({"seeds": (2**63,)}, r"a seed is below 2\*\*63, not 9223372036854775808"),
         ({"heads": ("cnn",)}, f"there is no head 'cnn'; there are {', '.join(HEADS)}"),
         ({"seeds": (1, 1)}, "seeds names a value twice: 1, 1"),

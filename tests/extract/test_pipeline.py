@@ -111,8 +111,8 @@ def test_a_task_brings_prompt_columns_and_range(extract, tmp_path):
 
 
 def test_rows_without_a_label_are_kept(extract, tmp_path):
-    extract(tmp_path / "c", data={"train": [{"text": "a film", "score": ""}, {"text": "a play", "score": 3}]})
-    assert np.array_equal(open_cache(tmp_path / "c").split("train").target, [np.nan, 3], equal_nan=True)
+    extract(tmp_path / "c", data={"test": [{"text": "a film", "score": ""}, {"text": "a play", "score": 3}]})
+    assert np.array_equal(open_cache(tmp_path / "c").split("test").target, [np.nan, 3], equal_nan=True)
 
 
 def test_two_runs_give_the_same_bytes(extract, tmp_path):

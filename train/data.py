@@ -112,7 +112,7 @@ def training_rows(cache: FeatureCache, settings: TrainSettings) -> tuple[Rows, R
         chosen = Rows(train, np.setdiff1d(everything, held)), Rows(train, held)
     for rows in chosen:
         split = rows.split
-        unlabelled = np.flatnonzero(np.isnan(split.target[:]))  # of the whole split, whatever of it is held out
+        unlabelled = np.flatnonzero(np.isnan(split.target))  # of the whole split, whatever of it is held out
         if len(unlabelled):
             first = unlabelled[0]
             raise DataError(

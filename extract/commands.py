@@ -1,6 +1,7 @@
 """`relish extract`, and `relish tune` beside it."""
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
@@ -11,6 +12,7 @@ import typer
 from .tune_command import tune
 
 if TYPE_CHECKING:
+    from ..cache.reader import FeatureCache
     from .pipeline import ExtractSummary
 
 
@@ -167,7 +169,7 @@ def extract(
         typer.echo(json.dumps(figures, indent=2))
     else:
         _tell(cache, summary)
-        if not empty:
+        if not empty and _can_be_trained_on(opened):
             layer = f" --layer {opened.layers[-1]}" if len(opened.layers) > 1 else ""
             typer.echo(f"next: relish train {quote(str(cache))} --out runs{layer}")
     if empty:
@@ -175,6 +177,13 @@ def extract(
             f"every row of {', '.join(empty)} was skipped, so there is nothing to train on or to score; try "
             "--compute-dtype float32, or a wider --dtype, in another folder"
         )
+
+
+def _can_be_trained_on(cache: "FeatureCache") -> bool:
+    record = cache.manifest.splits.get("train")
+    if record is None or not record.complete:
+        return False
+    return any(map(math.isfinite, cache.split("train", layer=cache.layers[-1]).target))
 
 
 def _tell(cache: Path, summary: "ExtractSummary") -> None:

@@ -71,6 +71,14 @@ def test_the_answer_says_what_to_do_next(extract, table, tmp_path):
     assert last == f"next: relish train {tmp_path / 'c'} --out runs"
 
 
+def test_no_training_is_suggested_where_there_is_nothing_to_learn_from(extract, table):
+    unlabelled = table("unlabelled.csv", rows=[{"id": "a", "text": "a film so good", "score": ""}])
+    for data in (f"test={table()}", f"train={unlabelled}"):
+        result = extract("--data", data, "--label-range", "0,5", cache=data.partition("=")[0])
+        assert result.exit_code == 0
+        assert "next:" not in result.stdout
+
+
 def test_a_second_run_says_that_all_was_there(extract, table):
     data = f"train={table()}"
     extract("--data", data)

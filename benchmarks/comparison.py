@@ -181,7 +181,9 @@ def main() -> None:
     if not homes:
         sys.exit(f"nothing is kept in {kept} yet: name a task to run")
     reports = sorted(path.parent for home in homes for path in home.glob("*/results.json") if path.parent.name != LOSS)
-    command = [sys.executable, "-m", "relish", "compare", *reports, "--paper", "--out", str(work / "comparison")]
+    as_in_the_paper = {home.name.rpartition("-")[0] for home in homes} == set(FILES)
+    command = [sys.executable, "-m", "relish", "compare", *reports, "--out", str(work / "comparison")]
+    command += ["--paper"] if as_in_the_paper else []
     code = subprocess.run(command, check=False).returncode
     if code != 0:
         sys.exit(code)

@@ -1,6 +1,6 @@
 """From which grid on the cache pays, in time: against running the LLM again in every epoch of every cell.
 
-    python benchmarks/end_to_end.py ../shared/data/stsb/train.csv --out end_to_end.json
+    python benchmarks/end_to_end.py DATA/stsb/train.csv --out end_to_end.json
     python benchmarks/end_to_end.py --small
 
 Measured on a sample of STS-B's training rows with SmolLM2-135M-Instruct (float32, CPU, last layer), each rival in a

@@ -1,7 +1,7 @@
 """How fast `relish extract` is beside other ways to get hidden states, and beside the bare forward pass.
 
-    python benchmarks/extract.py ../shared/data/stsb/train.csv --out extract.json
-    python benchmarks/extract.py ../shared/data/stsb/train.csv --sample 192 --floor --out extract_floor.json
+    python benchmarks/extract.py DATA/stsb/train.csv --out extract.json
+    python benchmarks/extract.py DATA/stsb/train.csv --sample 192 --floor --out extract_floor.json
     python benchmarks/extract.py --small
 
 SmolLM2-135M-Instruct in float32 on the CPU, last layer, rows of STS-B's training split with the preset's prompt. Each

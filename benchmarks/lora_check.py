@@ -1,6 +1,6 @@
 """`relish tune --method lora` beside transformers' own regression: do both learn the same from the same rows?
 
-    python benchmarks/lora_check.py ../shared/data/stsb --rows 500,125,250 --lr 1e-3 --out lora_check.json
+    python benchmarks/lora_check.py DATA/stsb --rows 500,125,250 --lr 1e-3 --out lora_check.json
     python benchmarks/lora_check.py --small
 
 So many rows of train, dev and test are drawn as `comparison.py --rows` draws them: its LoRA row learns from the same.

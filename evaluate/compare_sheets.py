@@ -70,7 +70,7 @@ def _macro(comparison: Comparison, number: int, *, paper: bool) -> Sheet:
     groups = [(family, own) for family, own in lines.items() if own]
     if paper and number == 0:
         own = [[Figure(name), *(Figure(_times_100(v[m])) for m in PAPER_METRICS)] for name, v in PAPER.items()]
-        groups.append(("The paper's own (four LLMs of 8–32B)", own))
+        groups.append(("The paper's own (its five data sets, four LLMs of 8–32B)", own))
     missing = [f"{label} (not on {', '.join(places)})" for label, places in macro.missing.items()]
     over = count_places(comparison) if macro.backbone is None else count("data set", macro.places)
     caption = f"Figures × 100, mean over {over} with equal weight."

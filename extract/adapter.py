@@ -3,6 +3,7 @@
 import json
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from ..cache.errors import AdapterError, require_extra
 from ..cache.fileio import read_whole
 from ..cache.jsonfile import read_versioned
+from ..cache.manifest import TRAIN
 from .files import BackboneFiles, hash_files
 
 CONFIG = "adapter_config.json"
@@ -65,19 +67,52 @@ class Adapter:
                 f"{files.name}; give its own backbone with --model"
             )
 
-    def notes(self, files: BackboneFiles, *, prompt: str, chat_template: bool) -> list[str]:
-        """What a person should know who reads these texts with it."""
-        if self.tuned is not None:
-            texts = self.tuned["texts"]
-            return [
-                f"the adapter {self.name} was tuned with {name} {texts[name]!r}, and this is {value!r}"
-                for name, value in (("prompt", prompt), ("chat_template", chat_template))
-                if texts[name] != value
-            ]
-        if self._names_another(files):
-            made_on = self.config["base_model_name_or_path"]
-            return [f"the adapter {self.name} says that it was made on {made_on}, and this is {files.name}"]
-        return []
+    def refuse_own_rows(self, splits: Mapping[str, str]) -> None:
+        """Check that no split but train holds the rows that it learned from.
+
+        Args:
+            splits: each split's `fingerprint`.
+
+        Raises:
+            AdapterError: naming the split.
+        """
+        for name, fingerprint in splits.items():
+            if self.tuned is not None and name != TRAIN and fingerprint == self.tuned["data"]["train"]:
+                raise AdapterError(
+                    f"the split {name!r} holds the rows that the adapter {self.name} was tuned on, so that figures on "
+                    "it would be no measurement; give rows that it has not seen, or call the split train"
+                )
+
+    def notes(
+        self, files: BackboneFiles, texts: Mapping[str, object], splits: Mapping[str, str], *, validated: bool
+    ) -> list[str]:
+        """What a person should know who reads these texts with it.
+
+        Args:
+            files: of the backbone.
+            texts: the prompt, chat_template and label_range here.
+            splits: each split's `fingerprint`.
+            validated: whether there is a validation split.
+        """
+        if self.tuned is None:
+            if self._names_another(files):
+                made_on = self.config["base_model_name_or_path"]
+                return [f"the adapter {self.name} says that it was made on {made_on}, and this is {files.name}"]
+            return []
+        there, rows = self.tuned["texts"], self.tuned["data"]
+        found = [
+            f"the adapter {self.name} was tuned with {name} {there[name]!r}, and this is {value!r}"
+            for name, value in texts.items()
+            if there[name] != value
+        ]
+        if TRAIN in splits and splits[TRAIN] != rows["train"]:
+            found.append(f"the adapter {self.name} was tuned on other rows, texts or labels than those of {TRAIN} here")
+        if TRAIN in splits and not validated and rows["val_split"] != TRAIN:
+            found.append(
+                f"without a validation split relish train holds out rows of {TRAIN}, which the adapter {self.name} has "
+                f"learned, and its validation figures will flatter; give the split {rows['val_split']} too"
+            )
+        return found
 
     def _names_another(self, files: BackboneFiles) -> bool:
         """Whether adapter_config.json names another backbone: the last part counts, of a path or a hub id."""

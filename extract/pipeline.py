@@ -13,7 +13,7 @@ from ..cache.errors import DataError
 from ..cache.exact import exact_range
 from ..cache.identity import Identity
 from ..cache.info import padding_overhead
-from ..cache.manifest import SkippedRow
+from ..cache.manifest import VALIDATION_NAMES, SkippedRow
 from ..cache.speed import add_speed
 from ..cache.writer import CacheWriter, SplitRows, SplitWriter, manifest_to_resume
 from .adapter import open_adapter
@@ -120,9 +120,9 @@ def fill_cache(
         note(f"label range {taken}, taken from the training split (--label-range sets it)")
     max_length = choose_max_length(settings.max_length, backbone)
     maker = made_by(backbone)
+    rows_of = {name: split.fingerprint() for name, split in data.splits.items()}
     if backbone.adapter is not None:
-        for text in backbone.adapter.notes(backbone.files, prompt=data.prompt, chat_template=settings.chat_template):
-            note(f"note: {text}")
+        backbone.adapter.refuse_own_rows(rows_of)
     writer = CacheWriter(
         folder,
         identity=identify(backbone, settings, prompt=data.prompt, max_length=max_length),
@@ -130,6 +130,15 @@ def fill_cache(
         task=settings.task,
         made_by=maker,
     )
+    if backbone.adapter is not None:
+        texts = {
+            "prompt": data.prompt,
+            "chat_template": settings.chat_template,
+            "label_range": list(data.label_range),
+        }
+        validated = not {*rows_of, *writer.manifest.splits}.isdisjoint(VALIDATION_NAMES)
+        for text in backbone.adapter.notes(backbone.files, texts, rows_of, validated=validated):
+            note(f"note: {text}")
     splits = []
     for name, split in data.splits.items():
         tokens, cut = backbone.tokenize(

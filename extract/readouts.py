@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..cache.errors import CacheError, DataError
+from ..cache.errors import AdapterError, CacheError, DataError
+from ..cache.exact import exact, exact_range
 from ..cache.lock import lock_folder
-from ..cache.manifest import load_manifest
+from ..cache.manifest import TRAIN, load_manifest
 from ..cache.readouts import REGRESSION, Readout, part_rows, pending_parts, save_part
 from .backbone import Backbone
 from .batches import Budget, run_in_batches
@@ -18,7 +19,7 @@ from .candidates import answer_nodes, candidate_scores, trained_scores
 from .generator import NEW_TOKENS, Generator, refuse_encoder
 from .rows import SplitData
 from .settings import ExtractSettings
-from .shots import TRAIN, Prompts, choose_examples
+from .shots import Prompts, choose_examples
 from .sources import TextData
 from .start import common_prefix
 from .tree import Seen, pack_size
@@ -68,13 +69,16 @@ def plan_questions(data: TextData, backbone: Backbone, settings: ExtractSettings
 
     Raises:
         BackboneError: for an encoder.
-        AdapterError: if an adapter's own head is to predict, and it has none.
+        AdapterError: if an adapter's own head is to predict, and it has none; or if one of RAFT is to be asked about
+            candidates, and was tuned on those of another label range.
         DataError: if there are no splits to ask about, examples are asked for and there are none, a row was cut, or
             leaves no room for an answer.
     """
     refuse_encoder(backbone)
     if REGRESSION in settings.readouts:
         _own_head(backbone)
+    if "candidates" in settings.readouts:
+        _refuse_other_candidates(backbone, data)
     if set(data.splits) <= {TRAIN}:
         raise DataError(
             f"readouts are of all splits but {TRAIN}, and no other was given; add one such as --data test=FILE"
@@ -89,6 +93,18 @@ def plan_questions(data: TextData, backbone: Backbone, settings: ExtractSettings
         for shots in settings.shots:
             fitting[name, shots] = prompts.fitting(name, split.texts, backbone.context or max_length, shots)
     return Questions(prompts, fitting)
+
+
+def _refuse_other_candidates(backbone: Backbone, data: TextData) -> None:
+    adapter = backbone.adapter
+    if adapter is None or adapter.tuned is None or adapter.method != "raft":
+        return
+    low, high = adapter.tuned["texts"]["label_range"]
+    if trained_scores((low, high)) != trained_scores(data.label_range):
+        raise AdapterError(
+            f"the adapter {adapter.name} was tuned on the scores from {exact_range((low, high))}, and the label range "
+            f"here is {exact_range(data.label_range)}; give its own with --label-range {exact(low)},{exact(high)}"
+        )
 
 
 def _refuse_cut(name: str, split: SplitData, backbone: Backbone, settings: ExtractSettings, max_length: int) -> None:
@@ -282,7 +298,7 @@ def _run(
         progress.begin(sum(map(len, parts)), sum(len(rows[row]) for part in parts for row in part))
     default = pack_size(backbone.device.type)
     budget = Budget(settings.batch_tokens or min(max(default, shared), backbone.default_batch_tokens))
-    started = time.perf_counter() - asked.seconds
+    started = time.perf_counter() - (asked.seconds if 0 in job.pending else 0.0)  # not again in each run
     for part in parts:
         answers = _answer(job, [rows[row] for row in part], part, generator, asked.prefix, budget, progress)
         seconds = time.perf_counter() - started

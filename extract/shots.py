@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..cache.errors import DataError
+from ..cache.manifest import TRAIN
 from .backbone import Backbone
 from .candidates import answer_ids, format_score
 from .chat import chat_border, chat_text, check_chat_template
@@ -16,8 +17,6 @@ from .generator import NEW_TOKENS
 from .prompt import fill, prompt_fields
 from .rows import SplitData
 
-TRAIN = "train"
-"""The split that examples are taken from."""
 SEED = 0
 _BLANK_LINE = "\n\n"
 

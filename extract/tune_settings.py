@@ -49,8 +49,8 @@ class TuneSettings(TextSettings):
             raise SettingsError(f"lr must be a number above 0, not {self.lr}")
         if not 0 <= self.dropout < 1:
             raise SettingsError(f"dropout must be at least 0 and below 1, not {self.dropout}")
-        if self.seed < 0:
-            raise SettingsError(f"a seed is at least 0, not {self.seed}")
+        if not 0 <= self.seed < 2**63:
+            raise SettingsError(f"a seed is at least 0 and below 2**63, not {self.seed}")
         if self.truncate and self.method == "raft":
             raise SettingsError("raft asks at the end of the prompt, where truncate cuts; leave --truncate out")
         if self.loss is not None:

@@ -206,6 +206,33 @@ def test_another_prompt_is_noted(tuned, tiny_model, tiny_rows, tmp_path):
     ]
 
 
+def test_other_rows_than_it_was_tuned_on_and_validation_by_them_are_noted(tuned, tiny_model, tiny_rows, tmp_path):
+    def notes(folder, **data):
+        heard = Heard()
+        settings = extraction(tiny_model, tiny_rows, tuned(), data=data)
+        extract_cache(tmp_path / folder, settings, progress=heard)
+        return [text for text in heard.notes if text.startswith("note: ")]
+
+    own, dev = tiny_rows(24), tiny_rows(8, 1)
+    assert notes("a", train=own, dev=dev) == []
+    assert notes("test", test=tiny_rows(4, 2)) == []
+    other = "note: the adapter lora-llama was tuned on other rows, texts or labels than those of train here"
+    assert notes("b", train=own[:20], dev=dev) == [other]
+    assert notes("c", train=own) == [
+        "note: without a validation split relish train holds out rows of train, which the adapter lora-llama has "
+        "learned, and its validation figures will flatter; give the split dev too"
+    ]
+    assert notes("test", train=own)  # nor was one added to the cache before
+    assert notes("dev", dev=dev) == notes("dev", train=own) == []
+
+
+def test_another_label_range_is_noted(tuned, tiny_model, tiny_rows, tmp_path):
+    heard = Heard()
+    settings = extraction(tiny_model, tiny_rows, tuned(), data={"test": tiny_rows(4, 2)}, label_range=(-1, 6))
+    extract_cache(tmp_path / "c", settings, progress=heard)
+    assert "note: the adapter lora-llama was tuned with label_range [0.0, 5.0], and this is [-1, 6]" in heard.notes
+
+
 def test_a_local_backbone_of_another_name_is_noted(plain, tiny_model, tiny_rows, tmp_path):
     heard = Heard()
     adapter = plain(base_model_name_or_path="/home/someone/models/llama-a")
@@ -230,6 +257,35 @@ def test_an_adapter_that_was_tuned_on_another_base_is_refused_naming_both(tuned,
         f"the adapter lora-llama was tuned on tiny-llama (weights {there[:12]}…), and this is tiny-qwen3 (weights "
         f"{here[:12]}…); give its own backbone with --model"
     )
+
+
+def test_rows_that_it_was_tuned_on_are_refused_where_figures_would_be_made_of_them(
+    tuned, tiny_model, tiny_rows, tmp_path
+):
+    data = {"train": tiny_rows(4), "test": tiny_rows(24)}
+    with pytest.raises(AdapterError) as caught:
+        extract_cache(tmp_path / "c", extraction(tiny_model, tiny_rows, tuned(), data=data))
+    assert str(caught.value) == (
+        "the split 'test' holds the rows that the adapter lora-llama was tuned on, so that figures on it would be no "
+        "measurement; give rows that it has not seen, or call the split train"
+    )
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("method", ["lora", "raft"])
+def test_only_rafts_adapter_needs_the_candidates_of_its_own_label_range(tuned, tiny_model, tiny_rows, tmp_path, method):
+    data, asked = {"test": tiny_rows(4, 2)}, {"readouts": ("candidates",), "label_range": (0.0, 5.5)}
+    settings = extraction(tiny_model, tiny_rows, tuned(method), data=data, **asked)
+    if method == "lora":
+        extract_cache(tmp_path / "c", settings)
+        return
+    with pytest.raises(AdapterError) as caught:
+        extract_cache(tmp_path / "c", settings)
+    assert str(caught.value) == (
+        "the adapter raft-llama was tuned on the scores from 0 to 5, and the label range here is 0 to 5.5; give its "
+        "own with --label-range 0,5"
+    )
+    assert not (tmp_path / "c").exists()
 
 
 def test_one_weight_that_differs_is_another_base(tuned, tiny_model, tmp_path):

@@ -68,7 +68,11 @@ def test_the_command_from_tables_to_a_cache(run_cli, files, tiny_model, tmp_path
         (["--task", "stsb", "--method", "lora", "--rank", "0"], "rank must be at least 1, not 0"),
         (["--task", "stsb", "--method", "lora", "--lr", "-1"], "lr must be a number above 0, not -1.0"),
         (["--task", "stsb", "--method", "lora", "--dropout", "1"], "dropout must be at least 0 and below 1, not 1.0"),
-        (["--task", "stsb", "--method", "lora", "--seed", "-1"], "a seed is at least 0, not -1"),
+        (["--task", "stsb", "--method", "lora", "--seed", "-1"], "a seed is at least 0 and below 2**63, not -1"),
+        (
+            ["--task", "stsb", "--method", "lora", "--seed", str(2**63)],
+            "a seed is at least 0 and below 2**63, not 9223372036854775808",
+        ),
         (["--method", "lora"], "no rows to read: give --data SPLIT=FILE, --hub ID, or a --task preset"),
     ],
 )

@@ -128,6 +128,10 @@ def load_report(source: Source) -> Place:
             )
             for cell, line in zip(cells, lines, strict=True):
                 _refuse_other_figures(path, cell, line, predictions.target, (low, high))
+        learned, tuned_on = meta.get("training rows"), _integer(meta.get("adapter rows"))
+        if None not in (learned, tuned_on) and learned != tuned_on:
+            name = _named(adapter, source.variant)
+            notes.append(f"{name}: the LLM was tuned on {tuned_on:,} rows, and heads on its states on {learned:,}")
         for cell in results["cells"]:
             if "status" in cell:
                 label = Method(cell["head"], cell["depth"], adapter, source.variant).label

@@ -166,7 +166,7 @@ def _glance(comparison: Comparison, backbone: str, metric: str) -> Sheet:
     )
     if metric in PAPER_METRICS:
         caption += f"; {WORSE} significantly worse than it on the frozen LLM, {BETTER} significantly better "
-        caption += "(permutation test, Holm)."
+        caption += "(permutation test, Holm). Of RELISH's other rows only those chosen by validation are tested."
     else:
         caption += ". In the unit of the labels, for which the medians are meant; not tested."
     title = f"{heading(metric)}, {backbone}"

@@ -2,10 +2,14 @@
 
 import math
 
+import numpy as np
+
+from ..cache.manifest import TRAIN
 from ..train.metrics import HIGHER_IS_BETTER, METRIC_NAMES, PAPER_METRICS
 from .compare import Comparison
 from .compare_duels import BEST_RIVAL, Duel
 from .compare_methods import CONTENDERS
+from .compare_read import Entry
 
 
 def headline(comparison: Comparison) -> str:
@@ -39,8 +43,18 @@ def remarks(comparison: Comparison) -> list[str]:
             for choice in chosen.values()
             if choice.by == "test"
         ]
+        if place.split == TRAIN or any(e.validated_on.startswith(f"{place.split},") for e in place.entries):
+            found.append(
+                f"{where}: the rows are those of the split {place.split}, which heads learned from or were chosen by, "
+                "so that figures on them flatter the heads; evaluate a split that had no part in that, such as test."
+            )
         found += [f"{where}: {note.rstrip('.')}." for note in place.notes]
-        found += [f"{where}: {e.method.label}: {e.note.rstrip('.')}." for e in place.entries if e.note]
+        for entry in place.entries:
+            label, seeds = entry.method.label, constant_seeds(entry)
+            found += [f"{where}: {label}: {entry.note.rstrip('.')}."] if entry.note else []
+            if seeds and entry.parameters != 0:
+                which = f" of seed {', '.join(map(str, seeds))}" if len(entry.seeds) > 1 else ""
+                found.append(f"{where}: {label} has no correlation: all predictions{which} are the same.")
     by_test = sorted({(d.dataset, d.backbone) for d in comparison.rivals if d.by == "test"})
     if by_test:
         found.append(
@@ -48,6 +62,11 @@ def remarks(comparison: Comparison) -> list[str]:
             f"no validation figures: {', '.join(f'{dataset} with {backbone}' for dataset, backbone in by_test)}."
         )
     return found
+
+
+def constant_seeds(entry: Entry) -> list[int]:
+    """The seeds that predict one score for all rows, which is why a method has no correlation."""
+    return [seed for seed, values in zip(entry.seeds, entry.predictions, strict=True) if np.ptp(values) == 0]
 
 
 def count_places(comparison: Comparison) -> str:
@@ -61,7 +80,21 @@ def count(what: str, number: int) -> str:
 
 
 def _is_first(comparison: Comparison, duel: Duel) -> bool:
-    """Whether the contender's figure is at least that of every method outside RELISH, chosen by no figures at all."""
+    """Whether the contender's figure is at least that of every method outside RELISH, chosen by no figures at all.
+
+    One without a correlation is behind if all its seeds predict a constant; where some do not, nothing can be said.
+    """
+    undecided = [
+        entry
+        for place in comparison.places
+        for entry in place.entries
+        if (place.dataset, place.backbone) == (duel.dataset, duel.backbone)
+        and entry.method.family not in CONTENDERS
+        and math.isnan(entry.metrics[duel.metric]["mean"])
+        and len(constant_seeds(entry)) < len(entry.seeds)
+    ]
+    if undecided:
+        return False
     same = [
         other
         for other in comparison.duels

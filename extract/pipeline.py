@@ -311,6 +311,7 @@ def _made_with(backbone: Backbone) -> dict[str, str]:
         settings = tuned["settings"]
         facts["adapter_method"] = settings["method"]
         facts["adapter_recipe"] = f"lr {settings['lr']:g}, {settings['epochs']} epochs, seed {settings['seed']}"
+        facts["adapter_rows"] = f"{tuned['data']['train_rows']:,}"
         facts["adapter_parameters"] = f"{tuned['trainable_parameters']:,}"
         facts["adapter_seconds"] = f"{tuned['seconds']:,}"
     return facts

@@ -283,8 +283,35 @@ def test_cells_that_diverged_and_notes_are_named_and_change_nothing_else(tmp_pat
 
 def test_a_constant_rival_is_undefined_in_correlation(tmp_path):
     write_report(tmp_path / "r", {**grid(relish1=0.5), ("greedy-0shot", 0, 0): 0})
-    outcomes = {d.metric: d.outcome for d in compare(tmp_path / "r").duels}
-    assert outcomes == {"pearson": "", "spearman": "", "nrmse": "win"}
+    found = compare(tmp_path / "r")
+    assert {d.metric: d.outcome for d in found.duels} == {"pearson": "", "spearman": "", "nrmse": "win"}
+    assert "RELISH has the best Pearson in 1 of 1, Spearman in 1 of 1, NRMSE in 1 of 1." in headline(found)
+    assert "stsb with tiny: greedy-0shot has no correlation: all predictions are the same." in remarks(found)
+
+
+def test_relish_is_not_called_first_where_one_seed_of_a_better_rival_predicts_a_constant(tmp_path):
+    write_report(tmp_path / "r", {**grid(relish1=2.0, mlp=0.1), ("mlp", 0, 1): 0})
+    found = compare(tmp_path / "r")
+    assert "RELISH has the best Pearson in 0 of 1, Spearman in 0 of 1, NRMSE in 0 of 1." in headline(found)
+    assert "stsb with tiny: mlp has no correlation: all predictions of seed 1 are the same." in remarks(found)
+
+
+@pytest.mark.parametrize(("split", "said"), [("dev", True), ("train", True), ("test", False)])
+def test_rows_that_heads_were_chosen_by_or_learned_from_are_said(tmp_path, split, said):
+    write_report(tmp_path / "r", grid(relish1=0.5, ridge=1.0), split=split, meta={"validation data": "dev, 9801"})
+    sentence = (
+        f"stsb with tiny: the rows are those of the split {split}, which heads learned from or were chosen by, so that "
+        "figures on them flatter the heads; evaluate a split that had no part in that, such as test."
+    )
+    assert (sentence in remarks(compare(tmp_path / "r"))) == said
+
+
+@pytest.mark.parametrize(("rows", "said"), [("900", True), ("1,000", False)])
+def test_an_llm_that_was_tuned_on_other_rows_than_its_heads_is_said(tmp_path, rows, said):
+    meta = {"adapter": "aa", "adapter method": "lora", "adapter rows": rows, "training rows": 1000}
+    write_report(tmp_path / "r", grid(relish1=0.5, ridge=1.0), meta=meta)
+    sentence = "stsb with tiny: lora: the LLM was tuned on 900 rows, and heads on its states on 1,000."
+    assert (sentence in remarks(compare(tmp_path / "r"))) == said
 
 
 def test_json_has_everything_and_no_nan(compared, two):

@@ -175,6 +175,7 @@ def test_the_cache_says_what_the_adapter_took(tuned, tiny_model, tiny_rows, tmp_
     facts = json.loads((tuned() / "tune.json").read_text())
     assert made_by["adapter_method"] == facts["settings"]["method"]
     assert made_by["adapter_recipe"].startswith(f"lr {facts['settings']['lr']:g}, {facts['settings']['epochs']} epochs")
+    assert made_by["adapter_rows"] == "24"
     assert int(made_by["adapter_parameters"].replace(",", "")) == facts["trainable_parameters"]
     assert float(made_by["adapter_seconds"].replace(",", "")) == facts["seconds"]
     assert made_by["parameters"] == frozen["parameters"]  # the adapter is merged

@@ -11,7 +11,8 @@ every family of a data set: for shots, for tuning and for the heads. Each step i
 it stopped, and finished steps are noted in WORK/done: the same command goes on after an interruption, and with more
 tasks it adds to what is there. A data set and backbone has three parts: heads on the frozen LLM, what it answers to
 prompts, and the fine-tuned LLM with its heads. With --kept, the reports of each finished part are packed into that
-folder, and those that are there already are not run again: the tables can be made from there on another machine.
+folder, and those that are there already are not run again: the tables can be made from there on another machine. A
+part that was run by another plan is refused; the committed ones have none packed with them, and are taken as they are.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,7 @@ FILES = {
     },
 }
 STEPS = {"frozen": frozen_steps, "prompted": prompted_steps, "tuned": tuned_steps}
+PLAN = "plan.json"
 BACKBONES = {"smollm2": smollm2_folder, "gemma3": gemma3_folder}
 
 
@@ -81,8 +84,8 @@ def write_csv(target: Path, rows: list[dict[str, Any]]) -> None:
     write_whole(target, content.getvalue())
 
 
-def keep(steps: list[Step], target: Path) -> None:
-    """Pack what a comparison reads of report folders into one file, and how each adapter was tuned."""
+def keep(steps: list[Step], plan: Plan, target: Path) -> None:
+    """Pack what a comparison reads of report folders into one file, how each adapter was tuned, and the plan."""
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_suffix(".part")
     with tarfile.open(part, "w:xz") as archive:
@@ -94,7 +97,27 @@ def keep(steps: list[Step], target: Path) -> None:
                 files = [tuned]
             for file in files:
                 archive.add(file, f"{file.parent.name}/{file.name}")
+        content = json.dumps(asdict(plan)).encode()
+        entry = tarfile.TarInfo(PLAN)
+        entry.size = len(content)
+        archive.addfile(entry, io.BytesIO(content))
     part.replace(target)
+
+
+def is_kept(target: Path, plan: Plan) -> bool:
+    """Whether a part is there already; one of another plan ends the program."""
+    if not target.exists():
+        return False
+    with tarfile.open(target) as archive:
+        found = archive.extractfile(PLAN) if PLAN in archive.getnames() else None
+        there = json.loads(found.read()) if found is not None else None
+    here = json.loads(json.dumps(asdict(plan)))
+    different = [name for name in here if there is not None and there.get(name) != here[name]]
+    if different:
+        changes = ", ".join(f"{name} {there[name]} there and {here[name]} here" for name in different)
+        raise SystemExit(f"{target} was run by another plan ({changes}); give another folder with --kept")
+    print(f"taken from {target.parent}: {target.name}", flush=True)
+    return True
 
 
 def unpack(folder: Path, work: Path) -> list[Path]:
@@ -161,7 +184,7 @@ def main() -> None:
     for backbone, find in backbones.items():
         for task in tasks:
             targets = {part: kept / f"{task}-{backbone}-{part}.tar.xz" for part in given.parts.split(",")}
-            targets = {part: target for part, target in targets.items() if not target.exists()}
+            targets = {part: target for part, target in targets.items() if not is_kept(target, plan)}
             if not targets:
                 continue
             model = find()
@@ -176,7 +199,7 @@ def main() -> None:
         for target, names in left.items():
             names.discard(step.name)
             if not names and not target.exists():
-                keep(parts[target], target)
+                keep(parts[target], plan, target)
     homes = unpack(kept, work)
     if not homes:
         sys.exit(f"nothing is kept in {kept} yet: name a task to run")

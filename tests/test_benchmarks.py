@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -114,8 +115,21 @@ def test_comparison(tmp_path):
     figures = next(method for method in place["methods"] if method["method"] == "tuned-head on lora")
     assert f"{figures['nrmse']['mean']:.3f}" in own
     assert sum(" ‡ |" in line for line in glance) == 1
-    again, _ = run("comparison.py", tmp_path / "again.json", work, "--kept", kept)
+    again, shown = run("comparison.py", tmp_path / "again.json", work, "--kept", kept)
     assert again == result
+    assert f"taken from {kept}: {parts[0]}" in shown
+
+    packed = kept / parts[0]
+    with tarfile.open(packed) as archive:
+        archive.extractall(tmp_path / "other", filter="data")
+    plan = json.loads((tmp_path / "other" / "plan.json").read_text())
+    (tmp_path / "other" / "plan.json").write_text(json.dumps({**plan, "rows": {**plan["rows"], "train": 25}}))
+    with tarfile.open(packed, "w:xz") as archive:
+        archive.add(tmp_path / "other" / "plan.json", "plan.json")
+    command = [sys.executable, BENCHMARKS / "comparison.py", work, "--small", "--kept", kept]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith(f"{packed} was run by another plan (rows {{'train': 25, ")
 
 
 def test_the_tables_at_a_glance(monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+DECIMAL = r"\d+\.\d+"
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
@@ -82,6 +84,18 @@ def test_mix_step(tmp_path):
     result, shown = run("mix_step.py", tmp_path / "mix_step.json")
     assert [one["ratio"] > 0 for one in result["results"]] == [True]
     assert "| 16 | 8 | ragged |" in shown
+
+
+def test_the_committed_tables_of_a_comparison_come_out_of_its_reports(tmp_path):
+    kept = BENCHMARKS / "results" / "comparison-full"
+    command = [sys.executable, BENCHMARKS / "comparison.py", tmp_path, "--kept", kept, "--tasks", ""]
+    subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
+    for there, here in ((kept / "comparison.md", tmp_path / "comparison"), (kept / "overview.md", tmp_path)):
+        texts = [path.read_text(encoding="utf-8") for path in (there, here / there.name)]
+        words, numbers = zip(*[(re.sub(DECIMAL, "#", text), re.findall(DECIMAL, text)) for text in texts], strict=True)
+        assert words[0] == words[1]
+        # Another processor may round the last digit otherwise.
+        assert list(map(float, numbers[1])) == pytest.approx(list(map(float, numbers[0])), rel=0.02, abs=0.002)
 
 
 def test_comparison(tmp_path):

@@ -180,9 +180,10 @@ def against_best(place: Place, duels: Sequence[Duel]) -> list[Duel]:
 def _against(name: str, rivals: Sequence[Entry], duels: Sequence[Duel]) -> list[Duel]:
     best = {metric: choose(rivals, metric) for metric in PAPER_METRICS} if rivals else {}
     return [
-        replace(duel, opponent=name, by=best[duel.metric].by)
+        replace(duel, opponent=name, by=choice.by)
+        for metric, choice in best.items()
         for duel in duels
-        if best and duel.opponent == best[duel.metric].entry.method.label
+        if (duel.metric, duel.opponent) == (metric, choice.entry.method.label)
     ]
 
 

@@ -266,6 +266,16 @@ def test_the_hybrid_is_a_contender_of_its_own(tmp_path):
     ]
 
 
+def test_duels_with_the_best_rivals_stand_in_the_order_of_the_metrics(tmp_path):
+    extras = {("mlp", 0): {"val_nrmse": 0.1, "val_pearson": 0.1}, ("ridge", 0): {"val_nrmse": 0.9, "val_pearson": 0.9}}
+    write_report(tmp_path / "r", grid(relish1=0.5, ridge=1.0, mlp=1.5), extras=extras)
+    assert [(d.metric, d.other) for d in compare(tmp_path / "r").rivals] == [
+        ("pearson", "ridge"),
+        ("spearman", "ridge"),
+        ("nrmse", "mlp"),
+    ]
+
+
 def test_cells_that_diverged_and_notes_are_named_and_change_nothing_else(tmp_path):
     write_report(
         tmp_path / "r",

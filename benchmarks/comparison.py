@@ -60,6 +60,12 @@ FILES = {
 }
 STEPS = {"frozen": frozen_steps, "prompted": prompted_steps, "tuned": tuned_steps}
 PLAN = "plan.json"
+UNUSED = {
+    "frozen": ("shots", "tuned_depths", "rates", "tune"),
+    "prompted": ("layers", "depths", "depth", "tuned_depths", "seeds", "rates", "tune", "train"),
+    "tuned": ("shots", "depths"),
+}
+"""What of a plan a part does not depend on."""
 BACKBONES = {"smollm2": smollm2_folder, "gemma3": gemma3_folder}
 
 
@@ -112,9 +118,11 @@ def is_kept(target: Path, plan: Plan) -> bool:
         found = archive.extractfile(PLAN) if PLAN in archive.getnames() else None
         there = json.loads(found.read()) if found is not None else None
     here = json.loads(json.dumps(asdict(plan)))
-    different = [name for name in here if there is not None and there.get(name) != here[name]]
+    without = UNUSED[target.name.removesuffix(".tar.xz").rpartition("-")[2]]
+    names = [name for name in dict.fromkeys([*here, *(there or here)]) if name not in without]
+    different = [name for name in names if there is not None and there.get(name) != here.get(name)]
     if different:
-        changes = ", ".join(f"{name} {there[name]} there and {here[name]} here" for name in different)
+        changes = ", ".join(f"{name} {there.get(name)} there and {here.get(name)} here" for name in different)
         raise SystemExit(f"{target} was run by another plan ({changes}); give another folder with --kept")
     print(f"taken from {target.parent}: {target.name}", flush=True)
     return True

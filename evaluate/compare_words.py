@@ -52,7 +52,7 @@ def remarks(comparison: Comparison) -> list[str]:
         for entry in place.entries:
             label, seeds = entry.method.label, constant_seeds(entry)
             found += [f"{where}: {label}: {entry.note.rstrip('.')}."] if entry.note else []
-            if seeds and entry.parameters != 0:
+            if seeds:
                 which = f" of seed {', '.join(map(str, seeds))}" if len(entry.seeds) > 1 else ""
                 found.append(f"{where}: {label} has no correlation: all predictions{which} are the same.")
     by_test = sorted({(d.dataset, d.backbone) for d in comparison.rivals if d.by == "test"})
@@ -84,6 +84,8 @@ def _is_first(comparison: Comparison, duel: Duel) -> bool:
 
     One without a correlation is behind if all its seeds predict a constant; where some do not, nothing can be said.
     """
+    if math.isnan(duel.ours):
+        return False
     undecided = [
         entry
         for place in comparison.places

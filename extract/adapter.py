@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cache.errors import AdapterError, require_extra
+from ..cache.exact import exact_range
 from ..cache.fileio import read_whole
 from ..cache.jsonfile import read_versioned
 from ..cache.manifest import TRAIN
@@ -68,7 +69,7 @@ class Adapter:
             )
 
     def refuse_own_rows(self, splits: Mapping[str, str]) -> None:
-        """Check that no split but train holds the rows that it learned from.
+        """Check that no split but train is the one that it learned from, row by row.
 
         Args:
             splits: each split's `fingerprint`.
@@ -101,13 +102,15 @@ class Adapter:
             return []
         there, rows = self.tuned["texts"], self.tuned["data"]
         found = [
-            f"the adapter {self.name} was tuned with {name} {there[name]!r}, and this is {value!r}"
+            f"the adapter {self.name} was tuned with {name.replace('_', ' ')} {_shown(there[name])}, and this is "
+            f"{_shown(value)}"
             for name, value in texts.items()
             if there[name] != value
         ]
-        if TRAIN in splits and splits[TRAIN] != rows["train"]:
-            found.append(f"the adapter {self.name} was tuned on other rows, texts or labels than those of {TRAIN} here")
-        if TRAIN in splits and not validated and rows["val_split"] != TRAIN:
+        learned = splits.get(TRAIN) == rows["train"]
+        if TRAIN in splits and not learned and there["prompt"] == texts["prompt"]:
+            found.append(f"the adapter {self.name} was tuned on other rows or labels than those of {TRAIN} here")
+        if learned and not validated and rows["val_split"] != TRAIN:
             found.append(
                 f"without a validation split relish train holds out rows of {TRAIN}, which the adapter {self.name} has "
                 f"learned, and its validation figures will flatter; give the split {rows['val_split']} too"
@@ -232,6 +235,10 @@ def merge_adapter(adapter: Adapter, model: Any, name: str) -> Any:
     except (RuntimeError, ValueError) as error:  # peft's, of a variant of LoRA that it has no merging for
         reason = " ".join(str(error).split())[:300]
         raise AdapterError(f"the adapter {adapter.name} cannot be merged into {name}: {reason}") from error
+
+
+def _shown(value: object) -> str:
+    return exact_range(value) if isinstance(value, list) else repr(value)
 
 
 def _unfit(adapter: Adapter, name: str, reason: str) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..cache.errors import CacheError
 from .tune_command import tune
 
 if TYPE_CHECKING:
@@ -180,10 +181,11 @@ def extract(
 
 
 def _can_be_trained_on(cache: "FeatureCache") -> bool:
-    record = cache.manifest.splits.get("train")
-    if record is None or not record.complete:
+    try:
+        split = cache.split("train", layer=cache.layers[-1])
+    except CacheError:  # none, or one that was extracted before and is not whole, or not here
         return False
-    return any(map(math.isfinite, cache.split("train", layer=cache.layers[-1]).target))
+    return any(map(math.isfinite, split.target))
 
 
 def _tell(cache: Path, summary: "ExtractSummary") -> None:

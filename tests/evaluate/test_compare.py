@@ -306,6 +306,12 @@ def test_relish_is_not_called_first_where_one_seed_of_a_better_rival_predicts_a_
     assert "stsb with tiny: mlp has no correlation: all predictions of seed 1 are the same." in remarks(found)
 
 
+def test_relish_is_not_called_first_where_it_has_no_correlation_itself(tmp_path):
+    cells = {**grid(relish1=0.5), ("relish", 1, 1): 0, **dict.fromkeys(grid(mlp=1.0), 0)}
+    write_report(tmp_path / "r", cells)
+    assert "best Pearson in 0 of 1, Spearman in 0 of 1, NRMSE in" in headline(compare(tmp_path / "r"))
+
+
 @pytest.mark.parametrize(("split", "said"), [("dev", True), ("train", True), ("test", False)])
 def test_rows_that_heads_were_chosen_by_or_learned_from_are_said(tmp_path, split, said):
     write_report(tmp_path / "r", grid(relish1=0.5, ridge=1.0), split=split, meta={"validation data": "dev, 9801"})

@@ -203,7 +203,7 @@ def test_another_prompt_is_noted(tuned, tiny_model, tiny_rows, tmp_path):
     extract_cache(tmp_path / "other", settings, progress=heard)
     assert [text for text in heard.notes if "tuned with" in text] == [
         "note: the adapter lora-llama was tuned with prompt 'Rate: {text}\\nScore:', and this is '{text}'",
-        "note: the adapter lora-llama was tuned with chat_template False, and this is True",
+        "note: the adapter lora-llama was tuned with chat template False, and this is True",
     ]
 
 
@@ -217,8 +217,8 @@ def test_other_rows_than_it_was_tuned_on_and_validation_by_them_are_noted(tuned,
     own, dev = tiny_rows(24), tiny_rows(8, 1)
     assert notes("a", train=own, dev=dev) == []
     assert notes("test", test=tiny_rows(4, 2)) == []
-    other = "note: the adapter lora-llama was tuned on other rows, texts or labels than those of train here"
-    assert notes("b", train=own[:20], dev=dev) == [other]
+    other = "note: the adapter lora-llama was tuned on other rows or labels than those of train here"
+    assert notes("b", train=own[:20], dev=dev) == notes("d", train=own[:20]) == [other]
     assert notes("c", train=own) == [
         "note: without a validation split relish train holds out rows of train, which the adapter lora-llama has "
         "learned, and its validation figures will flatter; give the split dev too"
@@ -231,7 +231,7 @@ def test_another_label_range_is_noted(tuned, tiny_model, tiny_rows, tmp_path):
     heard = Heard()
     settings = extraction(tiny_model, tiny_rows, tuned(), data={"test": tiny_rows(4, 2)}, label_range=(-1, 6))
     extract_cache(tmp_path / "c", settings, progress=heard)
-    assert "note: the adapter lora-llama was tuned with label_range [0.0, 5.0], and this is [-1, 6]" in heard.notes
+    assert "note: the adapter lora-llama was tuned with label range 0 to 5, and this is -1 to 6" in heard.notes
 
 
 def test_a_local_backbone_of_another_name_is_noted(plain, tiny_model, tiny_rows, tmp_path):

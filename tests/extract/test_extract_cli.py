@@ -79,6 +79,14 @@ def test_no_training_is_suggested_where_there_is_nothing_to_learn_from(extract, 
         assert "next:" not in result.stdout
 
 
+def test_a_training_split_that_is_elsewhere_does_not_spoil_another(extract, table, tmp_path):
+    assert extract("--data", f"train={table()}", "--label-range", "0,5").exit_code == 0
+    for shard in (tmp_path / "c").glob("train-*.h5"):
+        shard.unlink()
+    result = extract("--data", f"test={table('test.csv')}", "--label-range", "0,5")
+    assert (result.exit_code, "next:" in result.stdout) == (0, False)
+
+
 def test_a_second_run_says_that_all_was_there(extract, table):
     data = f"train={table()}"
     extract("--data", data)

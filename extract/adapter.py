@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cache.errors import AdapterError, require_extra
-from ..cache.exact import exact_range
+from ..cache.exact import exact, exact_range
 from ..cache.fileio import read_whole
 from ..cache.jsonfile import read_versioned
 from ..cache.manifest import TRAIN
@@ -83,6 +83,21 @@ class Adapter:
                     f"the split {name!r} holds the rows that the adapter {self.name} was tuned on, so that figures on "
                     "it would be no measurement; give rows that it has not seen, or call the split train"
                 )
+
+    def refuse_other_candidates(self, label_range: tuple[float, float]) -> None:
+        """Check that an LLM tuned with RAFT is asked about the scores that it was tuned on.
+
+        Raises:
+            AdapterError: naming both label ranges.
+        """
+        if self.tuned is None or self.method != "raft":
+            return
+        low, high = self.tuned["texts"]["label_range"]
+        if label_range != (low, high):
+            raise AdapterError(
+                f"the adapter {self.name} was tuned on the scores from {exact_range((low, high))}, and the label range "
+                f"here is {exact_range(label_range)}; give its own with --label-range {exact(low)},{exact(high)}"
+            )
 
     def notes(
         self, files: BackboneFiles, texts: Mapping[str, object], splits: Mapping[str, str], *, validated: bool

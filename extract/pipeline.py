@@ -120,8 +120,9 @@ def fill_cache(
         note(f"label range {taken}, taken from the training split (--label-range sets it)")
     max_length = choose_max_length(settings.max_length, backbone)
     maker = made_by(backbone)
-    rows_of = {name: split.fingerprint() for name, split in data.splits.items()}
+    rows_of = {}
     if backbone.adapter is not None:
+        rows_of = {name: split.fingerprint() for name, split in data.splits.items()}
         backbone.adapter.refuse_own_rows(rows_of)
     writer = CacheWriter(
         folder,

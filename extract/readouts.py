@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..cache.errors import AdapterError, CacheError, DataError
-from ..cache.exact import exact, exact_range
+from ..cache.errors import CacheError, DataError
 from ..cache.lock import lock_folder
 from ..cache.manifest import TRAIN, load_manifest
 from ..cache.readouts import REGRESSION, Readout, part_rows, pending_parts, save_part
@@ -77,8 +76,8 @@ def plan_questions(data: TextData, backbone: Backbone, settings: ExtractSettings
     refuse_encoder(backbone)
     if REGRESSION in settings.readouts:
         _own_head(backbone)
-    if "candidates" in settings.readouts:
-        _refuse_other_candidates(backbone, data)
+    if "candidates" in settings.readouts and backbone.adapter is not None:
+        backbone.adapter.refuse_other_candidates(data.label_range)
     if set(data.splits) <= {TRAIN}:
         raise DataError(
             f"readouts are of all splits but {TRAIN}, and no other was given; add one such as --data test=FILE"
@@ -93,18 +92,6 @@ def plan_questions(data: TextData, backbone: Backbone, settings: ExtractSettings
         for shots in settings.shots:
             fitting[name, shots] = prompts.fitting(name, split.texts, backbone.context or max_length, shots)
     return Questions(prompts, fitting)
-
-
-def _refuse_other_candidates(backbone: Backbone, data: TextData) -> None:
-    adapter = backbone.adapter
-    if adapter is None or adapter.tuned is None or adapter.method != "raft":
-        return
-    low, high = adapter.tuned["texts"]["label_range"]
-    if trained_scores((low, high)) != trained_scores(data.label_range):
-        raise AdapterError(
-            f"the adapter {adapter.name} was tuned on the scores from {exact_range((low, high))}, and the label range "
-            f"here is {exact_range(data.label_range)}; give its own with --label-range {exact(low)},{exact(high)}"
-        )
 
 
 def _refuse_cut(name: str, split: SplitData, backbone: Backbone, settings: ExtractSettings, max_length: int) -> None:

@@ -24,6 +24,8 @@ def steps(home: Path, model: Path, task: str, files: dict[str, Path], given: Any
     name, cache, runs = home.name, str(home / "cache"), str(home / "runs")
     source = sourced(model, task, files, Plan({}, compute=("--compute-dtype", given.compute_dtype)))
     grid = ["--head", given.heads, "--depths", given.depths, "--seeds", given.seeds]
+    if given.weight_decay is not None:
+        grid += ["--weight-decay", given.weight_decay]
     return [
         Step(f"extract-{name}", ["extract", cache, *source, "--layers", given.layer]),
         Step(f"train-{name}", ["train", cache, "--out", runs, *grid], (f"extract-{name}",)),
@@ -54,6 +56,7 @@ def main() -> None:
     parser.add_argument("--heads", default="ridge-mean,mlp,attention,relish")
     parser.add_argument("--depths", default="3")
     parser.add_argument("--seeds", default="0-2")
+    parser.add_argument("--weight-decay", help="of all heads, in place of each one's own; another WORK for each")
     parser.add_argument("--compute-dtype", default="auto")
     given = parser.parse_args()
     if (given.work is None or given.data is None) and not given.small:

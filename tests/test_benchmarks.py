@@ -86,12 +86,14 @@ def test_mix_step(tmp_path):
     assert "| 16 | 8 | ragged |" in shown
 
 
-def test_the_committed_tables_of_a_comparison_come_out_of_its_reports(tmp_path):
-    kept = BENCHMARKS / "results" / "comparison-full"
+@pytest.mark.parametrize("name", ["comparison", "comparison-1000", "comparison-2000", "comparison-full"])
+def test_the_committed_tables_of_a_comparison_come_out_of_its_reports(name, tmp_path):
+    kept = BENCHMARKS / "results" / name
     command = [sys.executable, BENCHMARKS / "comparison.py", tmp_path, "--kept", kept, "--tasks", ""]
     subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
-    for there, here in ((kept / "comparison.md", tmp_path / "comparison"), (kept / "overview.md", tmp_path)):
-        texts = [path.read_text(encoding="utf-8") for path in (there, here / there.name)]
+    made = {"comparison.md": tmp_path / "comparison" / "comparison.md", "overview.md": tmp_path / "overview.md"}
+    for there in sorted(kept.glob("*.md")):
+        texts = [path.read_text(encoding="utf-8") for path in (there, made[there.name])]
         words, numbers = zip(*[(re.sub(DECIMAL, "#", text), re.findall(DECIMAL, text)) for text in texts], strict=True)
         assert words[0] == words[1], f"tables print otherwise now: make those of {kept.parent} again by this command"
         # Another processor may round the last digit otherwise.
@@ -267,8 +269,11 @@ def test_what_comparison_cannot_do_is_said():
 
 
 def test_rows(tmp_path):
-    result, shown = run("rows.py", tmp_path / "rows.json", tmp_path / "work")
+    result, shown = run("rows.py", tmp_path / "rows.json", tmp_path / "work", "--weight-decay", "9")
     assert list(result["rows"]) == ["24", "48"]
+    for count in ("24", "48"):
+        cell = json.loads((tmp_path / "work" / count / "runs" / "attention-L0-seed0" / "config.json").read_text())
+        assert cell["settings"]["weight_decay"] == 9
     for heads in result["rows"].values():
         assert set(heads) == {"ridge-mean", "attention"}
         assert all(figure["nrmse"] > 0 and figure["val_nrmse"] > 0 for figure in heads.values())

@@ -14,6 +14,7 @@ from ..cache.fileio import read_whole
 from ..cache.jsonfile import read_versioned
 from ..cache.manifest import TRAIN
 from .files import BackboneFiles, hash_files
+from .rows import SplitData, hash_texts
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -22,7 +23,7 @@ TUNED = "tune.json"
 CHECKPOINT = "checkpoint.safetensors"
 """What an unfinished one goes on from."""
 FORMAT = "relish adapter"
-VERSION = 1
+VERSION = 2
 _BACKBONES_OWN = (".base_layer.weight", ".base_layer.bias")
 
 
@@ -68,20 +69,17 @@ class Adapter:
                 f"{files.name}; give its own backbone with --model"
             )
 
-    def refuse_own_rows(self, splits: Mapping[str, str]) -> None:
-        """Check that no split but train is the one that it learned from, row by row.
-
-        Args:
-            splits: each split's `fingerprint`.
+    def refuse_own_rows(self, splits: Mapping[str, SplitData]) -> None:
+        """Check that of no split but train it has learned every text; `notes` tells where it has learned some.
 
         Raises:
             AdapterError: naming the split.
         """
-        for name, fingerprint in splits.items():
-            if self.tuned is not None and name != TRAIN and fingerprint == self.tuned["data"]["train"]:
+        for name, count in self._learned(splits).items():
+            if 0 < count == len(splits[name].texts):
                 raise AdapterError(
-                    f"the split {name!r} holds the rows that the adapter {self.name} was tuned on, so that figures on "
-                    "it would be no measurement; give rows that it has not seen, or call the split train"
+                    f"the split {name!r} holds rows that the adapter {self.name} was tuned on, and no others, so that "
+                    "figures on it would be no measurement; give rows that it has not seen, or call the split train"
                 )
 
     def refuse_other_candidates(self, label_range: tuple[float, float]) -> None:
@@ -100,14 +98,14 @@ class Adapter:
             )
 
     def notes(
-        self, files: BackboneFiles, texts: Mapping[str, object], splits: Mapping[str, str], *, validated: bool
+        self, files: BackboneFiles, texts: Mapping[str, object], splits: Mapping[str, SplitData], *, validated: bool
     ) -> list[str]:
         """What a person should know who reads these texts with it.
 
         Args:
             files: of the backbone.
             texts: the prompt, chat_template and label_range here.
-            splits: each split's `fingerprint`.
+            splits: those that are read.
             validated: whether there is a validation split.
         """
         if self.tuned is None:
@@ -122,7 +120,13 @@ class Adapter:
             for name, value in texts.items()
             if there[name] != value
         ]
-        learned = splits.get(TRAIN) == rows["train"]
+        found += [
+            f"{count:,} of {len(splits[name].texts):,} rows of {name} have texts that the adapter {self.name} was "
+            "tuned on, and figures on them will flatter"
+            for name, count in self._learned(splits).items()
+            if count
+        ]
+        learned = TRAIN in splits and splits[TRAIN].fingerprint() == rows["train"]
         if TRAIN in splits and not learned and there["prompt"] == texts["prompt"]:
             found.append(f"the adapter {self.name} was tuned on other rows or labels than those of {TRAIN} here")
         if learned and not validated and rows["val_split"] != TRAIN:
@@ -131,6 +135,17 @@ class Adapter:
                 f"learned, and its validation figures will flatter; give the split {rows['val_split']} too"
             )
         return found
+
+    def _learned(self, splits: Mapping[str, SplitData]) -> dict[str, int]:
+        """Of each split but train how many rows have a text that it was tuned on."""
+        if self.tuned is None:
+            return {}
+        own = set(self.tuned["learned"].split())
+        return {
+            name: sum(text in own for text in hash_texts(split.texts))
+            for name, split in splits.items()
+            if name != TRAIN
+        }
 
     def _names_another(self, files: BackboneFiles) -> bool:
         """Whether adapter_config.json names another backbone: the last part counts, of a path or a hub id."""

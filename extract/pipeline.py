@@ -120,10 +120,8 @@ def fill_cache(
         note(f"label range {taken}, taken from the training split (--label-range sets it)")
     max_length = choose_max_length(settings.max_length, backbone)
     maker = made_by(backbone)
-    rows_of = {}
     if backbone.adapter is not None:
-        rows_of = {name: split.fingerprint() for name, split in data.splits.items()}
-        backbone.adapter.refuse_own_rows(rows_of)
+        backbone.adapter.refuse_own_rows(data.splits)
     writer = CacheWriter(
         folder,
         identity=identify(backbone, settings, prompt=data.prompt, max_length=max_length),
@@ -137,8 +135,8 @@ def fill_cache(
             "chat_template": settings.chat_template,
             "label_range": list(data.label_range),
         }
-        validated = not {*rows_of, *writer.manifest.splits}.isdisjoint(VALIDATION_NAMES)
-        for text in backbone.adapter.notes(backbone.files, texts, rows_of, validated=validated):
+        validated = not {*data.splits, *writer.manifest.splits}.isdisjoint(VALIDATION_NAMES)
+        for text in backbone.adapter.notes(backbone.files, texts, data.splits, validated=validated):
             note(f"note: {text}")
     splits = []
     for name, split in data.splits.items():

@@ -71,6 +71,11 @@ class SplitData:
         return digest.hexdigest()
 
 
+def hash_texts(texts: Iterable[str]) -> list[str]:
+    """Of each text the first 12 hex digits of its SHA-256: enough to find the texts that two splits share."""
+    return [hashlib.sha256(text.encode()).hexdigest()[:12] for text in texts]
+
+
 def resolve_columns(
     available: Sequence[str],
     *,

@@ -20,6 +20,7 @@ from .files import find_backbone
 from .generator import refuse_encoder
 from .pipeline import check_lengths, choose_max_length, made_by
 from .regression import HEAD
+from .rows import hash_texts
 from .sources import TextData, load_texts
 from .tree import pack_size
 from .tune_loop import Examples, Listener, tune
@@ -192,6 +193,7 @@ def _finish(
         "sha256_of_adapter": adapter_hash(folder),
         "sha256_of_head": hashlib.sha256(contents[HEAD]).hexdigest() if HEAD in contents else None,
     }
+    tuned["learned"] = tuned.pop("learned")  # last, since it is long, and people read this file
     _write(folder / TUNED, sealed_text({"format": FORMAT, "version": VERSION, **tuned}).encode())
     (folder / CHECKPOINT).unlink(missing_ok=True)
     return tuned
@@ -276,6 +278,7 @@ def _setup(
             "loss": settings.own_loss,
             "seed": settings.seed,
         },
+        "learned": " ".join(sorted(set(hash_texts(train.texts)))),
     }
 
 

@@ -141,7 +141,7 @@ def test_what_tune_json_says(tuned, method):
     text = (folder / "tune.json").read_text()
     value = json.loads(text)
     assert list(value)[:2] == ["format", "version"]
-    assert (value["format"], value["version"]) == ("relish adapter", 1)
+    assert (value["format"], value["version"]) == ("relish adapter", 2)
     assert value["base"]["model"] == "tiny-llama"
     assert value["texts"]["prompt"] == "Rate: {text}\nScore:"
     assert value["settings"]["method"] == method

@@ -213,13 +213,15 @@ def main() -> None:
         sys.exit(f"nothing is kept in {kept} yet: name a task to run")
     reports = sorted(path.parent for home in homes for path in home.glob("*/results.json") if path.parent.name != LOSS)
     as_in_the_paper = {home.name.rpartition("-")[0] for home in homes} == set(FILES)
-    command = [sys.executable, "-m", "relish", "compare", *reports, "--out", str(work / "comparison")]
-    command += ["--paper"] if as_in_the_paper else []
-    code = subprocess.run(command, check=False).returncode
-    if code != 0:
-        sys.exit(code)
-    figures = json.loads((work / "comparison" / "comparison.json").read_text(encoding="utf-8"))
-    for name, text in {"overview": overview(figures), "recipe": recipe_tables(homes, HEADS.split(","))}.items():
+    paper = ["--paper"] if as_in_the_paper else []
+    texts = {"recipe": recipe_tables(homes, HEADS.split(","))}
+    for name, folder, average in (("overview", "comparison", []), ("averaged", "averaged", ["--average-seeds"])):
+        command = [sys.executable, "-m", "relish", "compare", *reports, "--out", str(work / folder), *paper, *average]
+        code = subprocess.run(command, check=False).returncode
+        if code != 0:
+            sys.exit(code)
+        texts[name] = overview(json.loads((work / folder / "comparison.json").read_text(encoding="utf-8")))
+    for name, text in texts.items():
         print(text)
         (work / f"{name}.md").write_text(text, encoding="utf-8")
     if given.out is not None:

@@ -79,6 +79,9 @@ def compare(
     resamples: Annotated[
         int, typer.Option(help="Draws of the bootstrap, and of the permutation test, for each pair of methods.")
     ] = 2000,
+    average_seeds: Annotated[
+        bool, typer.Option("--average-seeds", help="Each method predicts the mean over its seeds.")
+    ] = False,
     paper: Annotated[
         bool, typer.Option("--paper", help="Show the paper's own averages below the macro average.")
     ] = False,
@@ -112,7 +115,7 @@ def compare(
     if out is not None:
         check_comparison_folder(out)
     with _Bar("compare", "pairs") as bar:
-        comparison = compare_reports(sources, resamples=resamples, progress=bar.show)
+        comparison = compare_reports(sources, average_seeds=average_seeds, resamples=resamples, progress=bar.show)
     if out is not None:
         save_comparison(comparison, out, paper=paper)
     if as_json:
@@ -129,7 +132,10 @@ def compare(
 
 
 def predict(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="One run folder, such as runs/relish-L3-seed0.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Run folders, such as runs/relish-L3-seed0; several are averaged."),
+    ],
     model: Annotated[str, typer.Option("--model", help="The backbone the head was trained on.")],
     data: Annotated[Path, typer.Option("--data", help="CSV, TSV, JSONL or Parquet with the prompt's columns.")],
     out: Annotated[Path, typer.Option("--out", help="CSV to write: the input's columns and score.")],
@@ -150,19 +156,23 @@ def predict(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
-    """Score new texts with a trained head and its backbone.
+    """Score new texts with trained heads and their backbone.
 
-    Example:
+    The backbone reads a text once, and each score is the mean of what the heads say: seeds together predict better
+    than one by one.
+
+    Examples:
 
     \b
     relish predict runs/relish-L3-seed0 --model HuggingFaceTB/SmolLM2-135M-Instruct --data new.csv --out scores.csv
+    relish predict runs/relish-L3-seed* --model HuggingFaceTB/SmolLM2-135M-Instruct --data new.csv --out scores.csv
     """
     from ..train.settings import parse_layer
     from .predict import predict_scores
 
     with _Bar("predict", "rows") as bar:
         rows = predict_scores(
-            run,
+            runs,
             model=model,
             data=data,
             out=out,

@@ -69,6 +69,8 @@ class Comparison:
     """Of `rivals`, then of `duels`."""
     macros: list[Macro]
     resamples: int
+    averaged: bool
+    """Whether each method predicts the mean over its seeds; if not, figures are means over the seeds' own."""
 
     @property
     def datasets(self) -> list[str]:
@@ -82,12 +84,18 @@ class Comparison:
 
 
 def compare_reports(
-    sources: Sequence[Source], *, resamples: int = 2000, progress: Callable[[int, int], None] | None = None
+    sources: Sequence[Source],
+    *,
+    average_seeds: bool = False,
+    resamples: int = 2000,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Comparison:
     """Put reports side by side, and test RELISH against everything else on the same rows.
 
     Args:
         sources: report folders of `evaluate_runs`; one for each data set × LLM, and for each adapter or variant of it.
+        average_seeds: whether a method predicts the mean over its seeds, as one would for new texts, instead of being
+            judged by the mean of their figures.
         resamples: how many times rows are drawn by the bootstrap, and predictions swapped by the permutation test
             (standardised for Pearson, ranks for Spearman).
         progress: called with comparisons done and comparisons in all.
@@ -98,7 +106,7 @@ def compare_reports(
     """
     if resamples < 100:
         raise SettingsError(f"{resamples} resamples are too few to tell a difference at 5 %; take 100 or more")
-    places = load_places(sources)
+    places = load_places(sources, average=average_seeds)
     most = max(Counter(place.backbone for place in places).values())
     if most > ALPHA * (resamples + 1):
         raise SettingsError(
@@ -128,6 +136,7 @@ def compare_reports(
         counts=[*count_outcomes(rivals), *count_outcomes(duels)],
         macros=average(places, choices),
         resamples=resamples,
+        averaged=average_seeds,
     )
 
 

@@ -28,11 +28,15 @@ def parse_source(text: str) -> Source:
     return Source(Path(path), *parts)
 
 
-def load_places(sources: Sequence[Source]) -> list[Place]:
+def load_places(sources: Sequence[Source], *, average: bool = False) -> list[Place]:
     """Read reports and join those of one data set and LLM; in the order in which data sets and LLMs are first named.
 
     Where reports of several layers hold a method, the one with the best mean validation NRMSE stands for it, and a note
     says so: the layer is chosen for each method by itself, as its learning rate would be.
+
+    Args:
+        sources: the report folders.
+        average: whether a method predicts the mean over its seeds.
 
     Raises:
         RunError: if there is none, one cannot be read, two of one data set score different rows or labels, or are of
@@ -43,7 +47,7 @@ def load_places(sources: Sequence[Source]) -> list[Place]:
     places: dict[tuple[str, str], Place] = {}
     firsts: dict[str, Place] = {}
     for source in sources:
-        report = load_report(source)
+        report = load_report(source, average=average)
         _refuse_other_rows(firsts.setdefault(report.dataset, report), report)
         key = (report.dataset, report.backbone)
         places[key] = _join(places[key], report) if key in places else report

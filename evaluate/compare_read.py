@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cache.errors import RunError
-from ..train.metrics import METRICS, label_width
+from ..train.metrics import METRICS, label_width, score
+from .bootstrap import intervals
 from .compare_methods import Method
 from .summary import EXTRAS, LEARNED_FROM, VALIDATED_ON, Estimate
 
@@ -39,15 +40,17 @@ class Entry:
 
     method: Method
     seeds: tuple[int, ...]
-    """Of its cells that count."""
+    """Of its cells that count; of the mean over them, 0 alone."""
     predictions: Array
     """(S, N), in the order of `seeds`."""
     metrics: dict[str, Estimate]
-    """Means over the seeds, for each name in METRICS."""
+    """Means over the seeds, for each name in METRICS; or of the mean prediction over them."""
     parameters: int | None
     """All that were trained, those of the adapter too; None where the report does not say how many these are."""
     extras: dict[str, float | None]
-    """For each name in EXTRAS."""
+    """For each name in EXTRAS; the validation figures are means over the seeds."""
+    averaged: int
+    """How many seeds each prediction is the mean over; 1 where each seed stands for itself."""
     note: str
     layer: str
     """Which of the backbone's layers it reads, as the report says it."""
@@ -83,8 +86,13 @@ class Place:
     """What methods on tuned states are told apart by ("lora", "lora (seed 1)"), to the hash of the adapter."""
 
 
-def load_report(source: Source) -> Place:
+def load_report(source: Source, *, average: bool = False) -> Place:
     """Read results.json and predictions.csv of one report folder.
+
+    Args:
+        source: the folder.
+        average: whether a method predicts the mean over its seeds, as one would for new texts; it then costs the
+            weights and the training of them all.
 
     Raises:
         RunError: if it is no report folder, is damaged, says no data set, or its two files do not belong together.
@@ -110,17 +118,25 @@ def load_report(source: Source) -> Place:
             method = Method(head, depth, adapter, source.variant)
             cells = [c for c in results["cells"] if (c["head"], c["depth"], "status" in c) == (head, depth, False)]
             lines = [predictions.values[head, depth, cell["seed"]] for cell in cells]
+            values, together = np.stack(lines), len(lines) if average else 1
+            metrics = {name: _estimate(group[name]) for name in METRICS}
+            if together > 1:
+                values = values.mean(axis=0, keepdims=True)
+                metrics = _figures(predictions.target, values, (low, high))
+            seconds = _head_seconds(group)
             entries.append(
                 Entry(
                     method=method,
-                    seeds=tuple(cell["seed"] for cell in cells),
-                    predictions=np.stack(lines),
-                    metrics={name: _estimate(group[name]) for name in METRICS},
-                    parameters=_sum(group["parameters"], tuned["parameters"]),
+                    seeds=tuple(cell["seed"] for cell in cells) if together == 1 else (0,),
+                    predictions=values,
+                    metrics=metrics,
+                    parameters=_sum(together * group["parameters"], tuned["parameters"]),
                     extras={
                         **{name: group.get(name) for name in EXTRAS},
-                        "train_seconds": _sum(_head_seconds(group), tuned["seconds"]),
+                        **({"seconds_per_1000_rows": None} if together > 1 else {}),
+                        "train_seconds": _sum(together * seconds if seconds is not None else None, tuned["seconds"]),
                     },
+                    averaged=together,
                     note=group.get("note", ""),
                     layer=str(meta.get("layer", "")),
                     validated_on=str(meta.get(VALIDATED_ON, "")),
@@ -266,6 +282,15 @@ def _estimate(value: dict[str, Any]) -> Estimate:
 
     low, high = value["ci95"]
     return {"mean": number(value["mean"]), "sd": number(value["sd"]), "ci95": (number(low), number(high))}
+
+
+def _figures(target: Array, values: Array, label_range: tuple[float, float]) -> dict[str, Estimate]:
+    """Of one line of predictions (1, N)."""
+    limits = intervals(target, values, label_range)
+    return {
+        name: {"mean": value, "sd": math.nan, "ci95": limits[name]}
+        for name, value in score(target, values[0], label_range).items()
+    }
 
 
 def _refuse_other_figures(

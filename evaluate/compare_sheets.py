@@ -101,9 +101,10 @@ def _rivals(comparison: Comparison) -> Sheet:
                 Figure(duel.outcome or _NONE),
             ]
         )
+    difference = "Difference" if comparison.averaged else "Difference of the means over seeds"
     caption = (
         "RELISH is chosen by validation NRMSE, the best rival for each metric by validation (Pearson for Pearson and "
-        "Spearman, NRMSE for NRMSE). Difference of the means over seeds [95 % paired bootstrap interval over rows]; p "
+        f"Spearman, NRMSE for NRMSE). {difference} [95 % paired bootstrap interval over rows]; p "
         f"of the paired permutation test, {comparison.resamples:,} draws each, corrected over the data sets of the LLM "
         "(Holm; a single one needs no correction), and beside it of the bootstrap, likewise corrected. A win or a loss "
         f"has p ≤ {ALPHA:g} by the first. The tests are about other rows; trainings are taken as they are."
@@ -160,10 +161,10 @@ def _glance(comparison: Comparison, backbone: str, metric: str) -> Sheet:
                 else Figure(_NONE)
             )
         lines[FAMILIES[next(iter(entries.values())).method.family]].append(line)
-    caption = (
-        "Mean over seeds, ± standard deviation over seeds where there is room; the best of a column in bold. "
-        f"{CHOSEN} RELISH as chosen by validation"
-    )
+    what = "Mean over seeds, ± standard deviation over seeds where there is room"
+    if comparison.averaged:
+        what = "Of the mean prediction over a method's seeds"
+    caption = f"{what}; the best of a column in bold. {CHOSEN} RELISH as chosen by validation"
     if metric in PAPER_METRICS:
         caption += f"; {WORSE} significantly worse than it on the frozen LLM, {BETTER} significantly better "
         caption += "(permutation test, Holm). Of RELISH's other rows only those chosen by validation are tested."
@@ -214,10 +215,11 @@ def _costs(comparison: Comparison, backbone: str) -> Sheet:
             ]
         )
     about = f"The LLM has {size:,} parameters. " if size else ""
+    trainings = "all seeds" if comparison.averaged else "one seed"
     caption = (
         f"{about}Means over data sets and seeds, of the parameters the largest; seconds are wall time on the machines "
         "that ran each step, beside whatever else they ran. Per 1,000 rows: the LLM's forward passes and the head, or "
-        "decoding. Training: one seed, without the LLM's passes over the training rows, which all heads share."
+        f"decoding. Training: {trainings}, without the LLM's passes over the training rows, which all heads share."
     )
     columns = ("Method", "Trained parameters", "Share of the LLM", "s per 1,000 rows", "Training, s")
     return Sheet(f"Costs, {backbone}", columns, [group for group in lines.items() if group[1]], caption)

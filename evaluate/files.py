@@ -92,6 +92,7 @@ def results_json(results: Results) -> dict[str, Any]:
         cells.append(entry)
     groups = [
         {"head": g.head, "depth": g.depth, "seeds": g.seeds, "parameters": g.parameters, **g.metrics, **g.extras}
+        | ({"averaged": g.averaged} if g.averaged is not None else {})
         | ({"note": g.note} if g.note else {})
         for g in results.groups
     ]

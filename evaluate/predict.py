@@ -1,8 +1,8 @@
-"""`predict_scores`: new texts through the backbone and a trained head, a file of any length in bounded memory."""
+"""`predict_scores`: new texts through the backbone and trained heads, a file of any length in bounded memory."""
 
 import csv
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain, count, islice
@@ -14,7 +14,7 @@ import numpy as np
 from ..cache.dtypes import storage_dtype
 from ..cache.errors import DataError, RunError
 from ..cache.fileio import replace_durably
-from ..cache.identity import Identity
+from ..cache.identity import Identity, name_differences
 from ..extract.adapter import Adapter, open_adapter
 from ..extract.backbone import Backbone
 from ..extract.batches import Budget, run_in_batches
@@ -31,7 +31,7 @@ _CHUNK = 1024  # rows that are tokenised, sorted by length and scored together
 
 
 def predict_scores(
-    run: str | Path,
+    run: str | Path | Sequence[str | Path],
     *,
     model: str | Path,
     data: str | Path,
@@ -49,12 +49,15 @@ def predict_scores(
 ) -> int:
     """Score the rows of a file; the scores are those `evaluate` would give the same rows.
 
+    Of several runs, such as the seeds of one head, each score is the mean of theirs: the backbone reads a text once,
+    and seeds together predict better than one by one.
+
     Every row is checked before the backbone is loaded, and `out` appears only when it is complete: a row for each row
     of the input, in its order. Ids may repeat. Of two that write one `out` at the same time, the later one's stays.
 
     Args:
-        run: a run folder.
-        model: the backbone the head was trained on: hub id, folder or GGUF file.
+        run: a run folder, or several of one cache and layer.
+        model: the backbone the heads were trained on: hub id, folder or GGUF file.
         data: CSV, TSV, JSONL or Parquet with the columns that the head's prompt names; labels are not needed.
         out: CSV to write: the input's columns and `score` (`prediction`, if the input has a column `score`). JSONL's
             columns are the keys of all its rows, in the order in which they first appear.
@@ -73,17 +76,19 @@ def predict_scores(
         How many rows were scored.
 
     Raises:
-        RunError: if the run cannot be used or was changed since it was saved, if `out` cannot be written, or if
-            backbone, adapter, prompt or layer are not those the head was trained on.
+        RunError: if a run cannot be used or was changed since it was saved, runs were trained on different things, if
+            `out` cannot be written, or if backbone, adapter, prompt or layer are not those the head was trained on.
         AdapterError: if the adapter cannot be read, or is one of another backbone.
         DataError: naming the row, if one cannot be used.
         BackboneError: if the backbone cannot be run.
     """
     import torch
 
-    run, data, out = (Path(path).absolute() for path in (run, data, out))  # so that a later chdir moves none
-    trained = load_run(run)
-    head = load_head(trained)
+    data, out = Path(data).absolute(), Path(out).absolute()  # so that a later chdir moves none
+    runs = [load_run(path) for path in _folders(run)]
+    _refuse_other_trainings(runs)
+    heads = [load_head(one) for one in runs]
+    trained = runs[0]
     identity = trained.identity
     if out.suffix.lower() != ".csv":
         raise DataError(f"the scores are written as CSV; give --out a name that ends in .csv, not {out.name!r}")
@@ -121,7 +126,8 @@ def predict_scores(
         total += len(rows)
         names.update(dict.fromkeys(chain.from_iterable(rows)))
     backbone.load()
-    head.to(backbone.device)
+    for head in heads:
+        head.to(backbone.device)
     budget = Budget(batch_tokens or backbone.default_batch_tokens)
     stored = storage_dtype(identity.dtype).torch
 
@@ -131,8 +137,9 @@ def predict_scores(
         if trained.layer != MIX:
             states = states[:, 0]
         mask = torch.arange(states.shape[-2]) < torch.tensor([len(row) for row in rows])[:, None]
+        mask = mask.to(states.device)
         with torch.inference_mode():
-            return head(states, mask.to(states.device)).cpu().double().numpy()
+            return np.mean([head(states, mask).cpu().double().numpy() for head in heads], axis=0)
 
     added = next(
         name for name in chain(("score", "prediction"), (f"prediction_{n}" for n in count(2))) if name not in names
@@ -178,6 +185,32 @@ def _finishing(temporary: Path, final: Path) -> Iterator[TextIO]:
         file.flush()
         os.fsync(file.fileno())
     replace_durably(temporary, final)
+
+
+def _folders(run: str | Path | Sequence[str | Path]) -> list[Path]:
+    several = [run] if isinstance(run, (str, Path)) else list(run)
+    if not several:
+        raise RunError("there is no run to predict with; name one, such as runs/relish-L3-seed0")
+    return list(dict.fromkeys(Path(path).absolute() for path in several))
+
+
+def _refuse_other_trainings(runs: Sequence[Run]) -> None:
+    first = runs[0]
+    for other in runs[1:]:
+        different = other.identity.differences(first.identity)
+        different += [
+            (name, there, here)
+            for name, there, here in (
+                ("layer", other.layer, first.layer),
+                ("label_range", list(other.label_range), list(first.label_range)),
+            )
+            if there != here
+        ]
+        if different:
+            raise RunError(
+                f"{other.path} was trained on something else than {first.path}: {name_differences(different)}. Scores "
+                "are averaged over runs of one LLM, prompt and layer"
+            )
 
 
 def _refuse(name: str, have: object, want: object, run: Run) -> None:

@@ -15,6 +15,7 @@ from .plots import plot_depth, plot_scatter
 from .summary import Results, Summary
 from .tables import (
     answer_notes,
+    average_notes,
     best_means,
     failure_notes,
     format_depth,
@@ -68,7 +69,7 @@ def write_report(results: Results, folder: Path) -> Path:
         comparison=comparison(results),
         best_means=best_means(results),
         notes=failure_notes(results),
-        answer_notes=answer_notes(results),
+        table_notes=[*average_notes(results), *answer_notes(results)],
         metrics=METRICS,
         names=METRIC_NAMES,
         heading=heading,

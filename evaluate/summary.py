@@ -99,6 +99,8 @@ class Summary:
     """Means over the seeds; None where it is not known of each."""
     note: str = ""
     """The notes of its cells."""
+    averaged: dict[str, float] | None = None
+    """The metrics of the mean prediction over the seeds, as `relish predict` gives it of several runs; None for one."""
 
     @property
     def label(self) -> str:
@@ -205,7 +207,8 @@ def summarise(
         own = [cells[place] for place in places]
         extras = {name: _mean([cell.extras[name] for cell in own]) for name in EXTRAS}
         note = "; ".join(dict.fromkeys(cell.note for cell in own if cell.note))
-        groups.append(Summary(head, depth, len(places), own[0].parameters, estimates, extras, note))
+        averaged = score(target, predictions[places].mean(axis=0), label_range) if len(places) > 1 else None
+        groups.append(Summary(head, depth, len(places), own[0].parameters, estimates, extras, note, averaged))
     return Results(
         split=split,
         label_range=(float(label_range[0]), float(label_range[1])),

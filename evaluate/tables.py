@@ -52,6 +52,21 @@ def answer_notes(results: Results) -> list[str]:
     return [*filter(None, notes), *results.left_out]
 
 
+def average_notes(results: Results) -> list[str]:
+    """What the seeds of a group predict together, of the group of which that has the lowest NRMSE; none of one seed."""
+    several = [(group, group.averaged) for group in results.groups if group.averaged is not None]
+    if not several:
+        return []
+    best, figures = min(several, key=lambda one: one[1]["nrmse"])
+    told = ", ".join(f"{METRIC_NAMES[name]} {format_number(figures[name])}" for name in PAPER_METRICS)
+    return [f"The mean prediction of the {best.seeds} seeds of {best.label}: {told}."]
+
+
+def notes(results: Results) -> list[str]:
+    """All sentences below a table, after its caption."""
+    return [*average_notes(results), *failure_notes(results), *answer_notes(results)]
+
+
 def caption(results: Results) -> str:
     """What the numbers of a table mean."""
     low, high = results.label_range
@@ -80,7 +95,7 @@ def to_markdown(results: Results) -> str:
             mean = f"**{mean}**" if group.metrics[name]["mean"] == best[name] else mean
             columns.append(" ".join(part for part in (mean, *rest) if part))
         lines.append("| " + " | ".join(columns) + " |")
-    return "\n".join([*lines, "", " ".join([caption(results), *failure_notes(results), *answer_notes(results)]), ""])
+    return "\n".join([*lines, "", " ".join([caption(results), *notes(results)]), ""])
 
 
 _LATEX = {character: f"\\{character}" for character in "&%$#_{}"}
@@ -103,7 +118,7 @@ def to_latex(results: Results) -> str:
     lines = [
         r"% needs \usepackage{booktabs}",
         "% " + caption(results).partition(" [")[0],
-        *(f"% {note}" for note in (*failure_notes(results), *answer_notes(results))),
+        *(f"% {note}" for note in notes(results)),
         rf"\begin{{tabular}}{{l{'r' * (3 + len(METRICS))}}}",
         r"\toprule",
         " & ".join(["Head", "$L$", "Parameters", "Seeds", *(latex(heading(name)) for name in METRICS)]) + r" \\",
@@ -153,7 +168,7 @@ def print_table(results: Results, console: "Console") -> None:
 
     best = best_means(results)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, caption_justify="left")
-    table.caption = Text(shown(" ".join([caption(results), *failure_notes(results), *answer_notes(results)])))
+    table.caption = Text(shown(" ".join([caption(results), *notes(results)])))
     table.add_column("head", overflow="fold")
     for title in ("L", "parameters", "seeds", *map(heading, PAPER_METRICS)):
         table.add_column(shown(title), justify="right", no_wrap=True)

@@ -59,7 +59,7 @@ def test_families_and_labels():
 def entry(head, depth=0, *, val=(None, None), mean=0.5):
     metrics = {name: {"mean": mean, "sd": math.nan, "ci95": (math.nan, math.nan)} for name in METRICS}
     extras = {"val_nrmse": val[0], "val_pearson": val[1], "train_seconds": None, "seconds_per_1000_rows": None}
-    return Entry(Method(head, depth), (0,), np.zeros((1, 3)), metrics, 1, extras, "", "")
+    return Entry(Method(head, depth), (0,), np.zeros((1, 3)), metrics, 1, extras, 1, "", "")
 
 
 def test_validation_decides_and_never_the_test_rows():

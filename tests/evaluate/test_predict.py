@@ -4,9 +4,11 @@ import json
 import numpy as np
 import pytest
 
+from relish.cache.errors import RunError
 from relish.evaluate import predict
 from relish.evaluate.results import evaluate_runs
 from relish.train.grid import train_heads
+from relish.train.metrics import score
 from relish.train.settings import TrainSettings
 
 from .conftest import SMALL
@@ -48,6 +50,45 @@ def test_scores_are_evaluates_numbers_for_the_same_rows(run, new, tiny_model, tm
     assert [row["id"] for row in rows] == expected.ids
     # Another batch may round a hidden state to the neighbouring bfloat16.
     np.testing.assert_allclose([float(row["score"]) for row in rows], expected.predictions[0], rtol=0, atol=5e-3)
+
+
+@pytest.fixture(scope="module")
+def seeds(tiny_cache, tmp_path_factory):
+    """Runs of two seeds of relish, and of attention pooling."""
+    out = tmp_path_factory.mktemp("seeds") / "runs"
+    train_heads(tiny_cache, out, TrainSettings(heads=("relish", "attention"), depths=(2,), seeds=(0, 1), **SMALL))
+    return out
+
+
+def test_several_runs_are_averaged(seeds, new, tiny_model, tiny_rows, tmp_path, run_cli):
+    def scores(*names):
+        out = tmp_path / "scores.csv"
+        runs = [seeds / name for name in names]
+        result = run_cli("predict", *runs, "--model", tiny_model("llama"), "--data", new, "--out", out)
+        assert result.exit_code == 0, result.stderr
+        return np.array([float(row["score"]) for row in read(out)])
+
+    names = ("relish-L2-seed0", "relish-L2-seed1", "attention-L0-seed0")
+    alone = [scores(name) for name in names]
+    assert np.ptp(alone, axis=0).min() > 0
+    np.testing.assert_allclose(scores(*names), np.mean(alone, axis=0), rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(scores(names[0], names[0]), alone[0])  # named twice, it counts once
+    together = next(group for group in evaluate_runs(seeds).groups if group.head == "relish")
+    figures = score([row["score"] for row in tiny_rows(20, 2)], scores(*names[:2]), (0, 5))
+    assert figures == pytest.approx(together.averaged, abs=1e-2)
+
+
+def test_runs_of_different_caches_are_not_averaged(seeds, adapted, new, tiny_model, tmp_path, run_cli):
+    first = seeds / "relish-L2-seed0"
+    out = tmp_path / "scores.csv"
+    result = run_cli("predict", first, adapted, "--model", tiny_model("llama"), "--data", new, "--out", out)
+    assert result.exit_code == 2
+    assert " ".join(result.stderr.split()).startswith(
+        f"error: {adapted} was trained on something else than {first}: adapter is '"
+    )
+    assert "Scores are averaged over runs of one LLM, prompt and layer" in " ".join(result.stderr.split())
+    with pytest.raises(RunError, match=r"^there is no run to predict with; name one, such as runs/relish-L3-seed0$"):
+        predict.predict_scores([], model=tiny_model("llama"), data=new, out=out)
 
 
 def test_jsonl_and_a_column_that_is_called_score_already(run, tiny_model, tiny_rows, tmp_path, run_cli):

@@ -76,10 +76,28 @@ def test_json_has_the_documented_keys():
         assert list(cell) == ["head", "depth", "seed", "parameters", *METRICS, *EXTRAS]
         assert all(isinstance(cell[name], float) for name in METRICS)
     for group in text["groups"]:
-        assert list(group) == ["head", "depth", "seeds", "parameters", *METRICS, *EXTRAS]
+        together = ["averaged"] if group["seeds"] > 1 else []
+        assert list(group) == ["head", "depth", "seeds", "parameters", *METRICS, *EXTRAS, *together]
         for name in METRICS:
             assert set(group[name]) == {"mean", "sd", "ci95"}
             assert len(group[name]["ci95"]) == 2
+
+
+def test_what_seeds_predict_together_is_scored_and_told_of_the_best():
+    results = make()
+    assert results.groups[0].averaged is None
+    for group, places in zip(results.groups[1:], ((1, 2), (3, 4)), strict=True):
+        assert group.averaged == score(results.target, results.predictions[list(places)].mean(axis=0), (0, 5))
+    figures = score(results.target, results.predictions[3:].mean(axis=0), (0, 5))
+    assert figures["nrmse"] < results.groups[2].metrics["nrmse"]["mean"]
+    told = (
+        f"The mean prediction of the 2 seeds of relish, L = 2: Pearson {figures['pearson']:.3f}, "
+        f"Spearman {figures['spearman']:.3f}, NRMSE {figures['nrmse']:.3f}."
+    )
+    assert told in to_markdown(results)
+    assert f"% {told}" in to_latex(results)
+    assert told in " ".join(printed(results).split())
+    assert "mean prediction" not in to_markdown(make(cells=[("relish", 1, 0), ("ridge", 0, 0)]))
 
 
 def test_json_has_null_for_what_does_not_exist():

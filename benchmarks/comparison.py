@@ -181,7 +181,7 @@ def main() -> None:
     def drawn(task: str) -> dict[str, Path]:
         folder = work / "rows" / task
         if given.small:
-            return {split: small_rows(folder / f"{split}-{count}.csv", count) for split, count in plan.rows.items()}
+            return {split: small_rows(folder, split, count) for split, count in plan.rows.items()}
         return {
             split: draw_rows(given.data / FILES[task][split], folder / f"{split}-{count}.csv", count)
             for split, count in plan.rows.items()
@@ -244,11 +244,12 @@ def small_plan() -> Plan:
     )
 
 
-def small_rows(target: Path, count: int) -> Path:
-    """A CSV of rows of random words."""
+def small_rows(folder: Path, split: str, count: int) -> Path:
+    """A CSV of rows of random words, others for each split."""
     from texts import sample
 
-    write_csv(target, sample(None, count))
+    target = folder / f"{split}-{count}.csv"
+    write_csv(target, sample(None, count, split))
     return target
 
 

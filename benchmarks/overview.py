@@ -51,7 +51,8 @@ def overview(comparison: dict[str, Any]) -> str:
     How often RELISH is ahead, a table for each LLM, one of the averages over all data sets, and one for each kind of
     best rival.
     """
-    parts = [f"Wins / ties / losses, against the best rival:\n\n{_counts(comparison['counts'])}\n"]
+    parts = ["Each method predicts the mean over its seeds.\n"] if comparison["average_seeds"] else []
+    parts += [f"Wins / ties / losses, against the best rival:\n\n{_counts(comparison['counts'])}\n"]
     for backbone in comparison["backbones"]:
         places = [place for place in comparison["places"] if place["backbone"] == backbone]
         columns = [_column(place, comparison) for place in places]

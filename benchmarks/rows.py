@@ -69,12 +69,10 @@ def main() -> None:
     model = tiny_model(work / "model") if given.small else BACKBONES[given.backbone]()
 
     def drawn(split: str, count: int) -> Path:
-        target = work / "rows" / f"{split}-{count}.csv"
-        return (
-            small_rows(target, count)
-            if given.small
-            else draw_rows(given.data / FILES[given.task][split], target, count)
-        )
+        folder = work / "rows"
+        if given.small:
+            return small_rows(folder, split, count)
+        return draw_rows(given.data / FILES[given.task][split], folder / f"{split}-{count}.csv", count)
 
     counts = [int(count) for count in given.rows.split(",")]
     plan: list[Step] = []
@@ -84,7 +82,16 @@ def main() -> None:
     for _ in run_all(plan, work, 1):
         pass
     found = {count: figures(work / str(count) / "report") for count in counts}
-    save(given.out, {"task": given.task, "backbone": given.backbone, "layer": given.layer, "rows": found})
+    save(
+        given.out,
+        {
+            "task": given.task,
+            "backbone": given.backbone,
+            "layer": given.layer,
+            "weight_decay": given.weight_decay,
+            "rows": found,
+        },
+    )
     lines = [
         (
             name,

@@ -11,13 +11,13 @@ from relish.extract.sources import load_texts
 Row = dict[str, object]
 
 
-def sample(table: Path | None, count: int) -> list[Row]:
-    """`count` rows of STS-B's training table, evenly spaced over it; without a table, rows of random words."""
+def sample(table: Path | None, count: int, seed: str = "") -> list[Row]:
+    """`count` rows of STS-B's training table, evenly spaced over it; without, rows of words drawn by the seed."""
     if table is None:
-        draw = Random(0)
+        draw = Random(seed)
 
         def sentence() -> str:
-            return " ".join(draw.choice(WORDS) for _ in range(draw.randint(4, 20)))
+            return " ".join(draw.choice(WORDS) for _ in range(draw.randint(4, 12)))
 
         return [{"sentence1": sentence(), "sentence2": sentence(), "score": draw.uniform(0, 5)} for _ in range(count)]
     from relish.extract.tables import read_rows

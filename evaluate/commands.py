@@ -158,8 +158,8 @@ def predict(
 ) -> None:
     """Score new texts with trained heads and their backbone.
 
-    The backbone reads a text once, and each score is the mean of what the heads say: seeds together predict better
-    than one by one.
+    Of several heads each score is the mean of theirs (an ensemble): seeds as a rule predict better together than one by
+    one, and the backbone reads a text once all the same.
 
     Examples:
 
@@ -187,10 +187,11 @@ def predict(
             note=bar.note,
             progress=bar.show,
         )
+    several = len({run.resolve() for run in runs})
     if as_json:
-        typer.echo(json.dumps({"scores": str(out), "rows": rows}))
+        typer.echo(json.dumps({"scores": str(out), "rows": rows, "runs": several}))
         return
-    typer.echo(f"{out}: {rows:,} scores")
+    typer.echo(f"{out}: {rows:,} scores" + (f", each the mean of {several} runs" if several > 1 else ""))
 
 
 def demo(

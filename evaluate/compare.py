@@ -69,7 +69,7 @@ class Comparison:
     """Of `rivals`, then of `duels`."""
     macros: list[Macro]
     resamples: int
-    averaged: bool
+    average_seeds: bool
     """Whether each method predicts the mean over its seeds; if not, figures are means over the seeds' own."""
 
     @property
@@ -136,7 +136,7 @@ def compare_reports(
         counts=[*count_outcomes(rivals), *count_outcomes(duels)],
         macros=average(places, choices),
         resamples=resamples,
-        averaged=average_seeds,
+        average_seeds=average_seeds,
     )
 
 

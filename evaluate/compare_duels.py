@@ -46,7 +46,7 @@ class Duel:
     """How that was chosen, as `Choice.by` says it; empty if it was not."""
     metric: str
     ours: float
-    """Mean over the seeds."""
+    """Mean over the seeds, or of the mean prediction over them."""
     theirs: float
     difference: Difference
     """Ours less theirs."""

@@ -40,7 +40,7 @@ class Entry:
 
     method: Method
     seeds: tuple[int, ...]
-    """Of its cells that count; of the mean over them, 0 alone."""
+    """Of its cells that count; 0 alone for the mean over them."""
     predictions: Array
     """(S, N), in the order of `seeds`."""
     metrics: dict[str, Estimate]
@@ -49,7 +49,7 @@ class Entry:
     """All that were trained, those of the adapter too; None where the report does not say how many these are."""
     extras: dict[str, float | None]
     """For each name in EXTRAS; the validation figures are means over the seeds."""
-    averaged: int
+    averaged_seeds: int
     """How many seeds each prediction is the mean over; 1 where each seed stands for itself."""
     note: str
     layer: str
@@ -118,9 +118,17 @@ def load_report(source: Source, *, average: bool = False) -> Place:
             method = Method(head, depth, adapter, source.variant)
             cells = [c for c in results["cells"] if (c["head"], c["depth"], "status" in c) == (head, depth, False)]
             lines = [predictions.values[head, depth, cell["seed"]] for cell in cells]
-            values, together = np.stack(lines), len(lines) if average else 1
+            for cell, line in zip(cells, lines, strict=True):
+                _refuse_other_figures(path, cell, line, predictions.target, (low, high))
+            values = np.stack(lines)
+            together = len(lines) if average else 1
             metrics = {name: _estimate(group[name]) for name in METRICS}
             if together > 1:
+                notes += [
+                    f"{method.label}: seed {cell['seed']} predicts one score for all rows, and is part of the mean"
+                    for cell, line in zip(cells, lines, strict=True)
+                    if np.ptp(line) == 0
+                ]
                 values = values.mean(axis=0, keepdims=True)
                 metrics = _figures(predictions.target, values, (low, high))
             seconds = _head_seconds(group)
@@ -136,14 +144,12 @@ def load_report(source: Source, *, average: bool = False) -> Place:
                         **({"seconds_per_1000_rows": None} if together > 1 else {}),
                         "train_seconds": _sum(together * seconds if seconds is not None else None, tuned["seconds"]),
                     },
-                    averaged=together,
+                    averaged_seeds=together,
                     note=group.get("note", ""),
                     layer=str(meta.get("layer", "")),
                     validated_on=str(meta.get(VALIDATED_ON, "")),
                 )
             )
-            for cell, line in zip(cells, lines, strict=True):
-                _refuse_other_figures(path, cell, line, predictions.target, (low, high))
         learned, tuned_on = meta.get("training rows"), _integer(meta.get("adapter rows"))
         if None not in (learned, tuned_on) and learned != tuned_on:
             name = _named(adapter, source.variant)

@@ -66,7 +66,7 @@ def save_comparison(comparison: Comparison, folder: Path, *, paper: bool = False
             figure=data_uri(stage / "depth.png") if drawn else None,
             places=comparison.places,
             resamples=comparison.resamples,
-            averaged=comparison.averaged,
+            average_seeds=comparison.average_seeds,
         )
         write_text_durably(stage / "comparison.html", html)
 

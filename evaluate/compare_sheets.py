@@ -73,7 +73,8 @@ def _macro(comparison: Comparison, number: int, *, paper: bool) -> Sheet:
         groups.append(("The paper's own (its five data sets, four LLMs of 8–32B)", own))
     missing = [f"{label} (not on {', '.join(places)})" for label, places in macro.missing.items()]
     over = count_places(comparison) if macro.backbone is None else count("data set", macro.places)
-    caption = f"Figures × 100, mean over {over} with equal weight."
+    of = ", of the mean prediction over a method's seeds" if comparison.average_seeds else ""
+    caption = f"Figures × 100{of}, mean over {over} with equal weight."
     if missing:
         caption += f" Left out: {'; '.join(missing)}."
     name = f"Macro average, {macro.backbone}" if macro.backbone is not None else "Macro average"
@@ -101,7 +102,7 @@ def _rivals(comparison: Comparison) -> Sheet:
                 Figure(duel.outcome or _NONE),
             ]
         )
-    difference = "Difference" if comparison.averaged else "Difference of the means over seeds"
+    difference = "Difference" if comparison.average_seeds else "Difference of the means over seeds"
     caption = (
         "RELISH is chosen by validation NRMSE, the best rival for each metric by validation (Pearson for Pearson and "
         f"Spearman, NRMSE for NRMSE). {difference} [95 % paired bootstrap interval over rows]; p "
@@ -162,7 +163,7 @@ def _glance(comparison: Comparison, backbone: str, metric: str) -> Sheet:
             )
         lines[FAMILIES[next(iter(entries.values())).method.family]].append(line)
     what = "Mean over seeds, ± standard deviation over seeds where there is room"
-    if comparison.averaged:
+    if comparison.average_seeds:
         what = "Of the mean prediction over a method's seeds"
     caption = f"{what}; the best of a column in bold. {CHOSEN} RELISH as chosen by validation"
     if metric in PAPER_METRICS:
@@ -215,11 +216,15 @@ def _costs(comparison: Comparison, backbone: str) -> Sheet:
             ]
         )
     about = f"The LLM has {size:,} parameters. " if size else ""
-    trainings = "all seeds" if comparison.averaged else "one seed"
+    over, trained, together = "data sets and seeds", "one seed", ""
+    if comparison.average_seeds:
+        over, trained = "data sets", "all seeds"
+        together = " (not known where seeds are averaged: the LLM once, and each head)"
     caption = (
-        f"{about}Means over data sets and seeds, of the parameters the largest; seconds are wall time on the machines "
-        "that ran each step, beside whatever else they ran. Per 1,000 rows: the LLM's forward passes and the head, or "
-        f"decoding. Training: {trainings}, without the LLM's passes over the training rows, which all heads share."
+        f"{about}Means over {over}, of the parameters the largest; seconds are wall time on the machines that ran each "
+        f"step, beside whatever else they ran. Per 1,000 rows: the LLM's forward passes and the head, or decoding"
+        f"{together}. Parameters and training are those of {trained}, the latter without the LLM's passes over the "
+        "training rows, which all heads share."
     )
     columns = ("Method", "Trained parameters", "Share of the LLM", "s per 1,000 rows", "Training, s")
     return Sheet(f"Costs, {backbone}", columns, [group for group in lines.items() if group[1]], caption)

@@ -35,6 +35,12 @@ def headline(comparison: Comparison) -> str:
 def remarks(comparison: Comparison) -> list[str]:
     """Sentences that must be known to read the tables: how was chosen, what does not count, what methods note."""
     found = []
+    if comparison.average_seeds:
+        found.append(
+            "Each method predicts the mean over its seeds; one of a single seed, such as a closed form, an LLM that "
+            "answers, or the head that was tuned with it, predicts as it does alone. Layers, depths and rivals are "
+            "chosen by the means of the seeds' own validation figures."
+        )
     for place, chosen in zip(comparison.places, comparison.choices, strict=True):
         where = f"{place.dataset} with {place.backbone}"
         found += [
@@ -49,6 +55,11 @@ def remarks(comparison: Comparison) -> list[str]:
                 "so that figures on them flatter the heads; evaluate a split that had no part in that, such as test."
             )
         found += [f"{where}: {note.rstrip('.')}." for note in place.notes]
+        most = max((entry.averaged_seeds for entry in place.entries), default=1)
+        fewer = [e for e in place.entries if 1 < e.averaged_seeds < most]
+        if fewer:
+            told = ", ".join(f"{e.method.label} ({e.averaged_seeds})" for e in fewer)
+            found.append(f"{where}: fewer seeds than {most} are averaged of {told}.")
         for entry in place.entries:
             label, seeds = entry.method.label, constant_seeds(entry)
             found += [f"{where}: {label}: {entry.note.rstrip('.')}."] if entry.note else []

@@ -49,8 +49,8 @@ def predict_scores(
 ) -> int:
     """Score the rows of a file; the scores are those `evaluate` would give the same rows.
 
-    Of several runs, such as the seeds of one head, each score is the mean of theirs: the backbone reads a text once,
-    and seeds together predict better than one by one.
+    Of several runs, such as the seeds of one head, each score is the mean of theirs (an ensemble): the backbone reads a
+    text once, and seeds as a rule predict better together than one by one. A run that is named twice counts once.
 
     Every row is checked before the backbone is loaded, and `out` appears only when it is complete: a row for each row
     of the input, in its order. Ids may repeat. Of two that write one `out` at the same time, the later one's stays.
@@ -191,7 +191,7 @@ def _folders(run: str | Path | Sequence[str | Path]) -> list[Path]:
     several = [run] if isinstance(run, (str, Path)) else list(run)
     if not several:
         raise RunError("there is no run to predict with; name one, such as runs/relish-L3-seed0")
-    return list(dict.fromkeys(Path(path).absolute() for path in several))
+    return list({Path(path).resolve(): Path(path).absolute() for path in several}.values())
 
 
 def _refuse_other_trainings(runs: Sequence[Run]) -> None:
@@ -208,8 +208,8 @@ def _refuse_other_trainings(runs: Sequence[Run]) -> None:
         ]
         if different:
             raise RunError(
-                f"{other.path} was trained on something else than {first.path}: {name_differences(different)}. Scores "
-                "are averaged over runs of one LLM, prompt and layer"
+                f"{other.path} was trained on something else than {first.path}: {name_differences(different)}. Name "
+                "runs of one cache and layer, or predict with each alone"
             )
 
 

@@ -34,7 +34,7 @@ class Difference:
     """One metric of one method less that of another, on the same rows; all NaN where a side is undefined."""
 
     value: float
-    """Of the means over the seeds, in the metric's unit."""
+    """Of the means over the seeds that were given, in the metric's unit."""
     ci95: tuple[float, float]
     """Percentile bootstrap interval, over rows."""
     p_bootstrap: float

@@ -53,13 +53,13 @@ def answer_notes(results: Results) -> list[str]:
 
 
 def average_notes(results: Results) -> list[str]:
-    """What the seeds of a group predict together, of the group of which that has the lowest NRMSE; none of one seed."""
+    """How good the mean prediction over seeds is, of the group of which it has the lowest NRMSE; none of one seed."""
     several = [(group, group.averaged) for group in results.groups if group.averaged is not None]
     if not several:
         return []
     best, figures = min(several, key=lambda one: one[1]["nrmse"])
     told = ", ".join(f"{METRIC_NAMES[name]} {format_number(figures[name])}" for name in PAPER_METRICS)
-    return [f"The mean prediction of the {best.seeds} seeds of {best.label}: {told}."]
+    return [f"With seeds averaged the lowest NRMSE is that of {best.label} ({best.seeds} seeds): {told}."]
 
 
 def notes(results: Results) -> list[str]:

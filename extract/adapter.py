@@ -116,7 +116,7 @@ class Adapter:
         there, rows = self.tuned["texts"], self.tuned["data"]
         found = [
             f"the adapter {self.name} was tuned with {name.replace('_', ' ')} {_shown(there[name])}, and this is "
-            f"{_shown(value)}"
+            f"{_shown(value)}" + (", so that rows which it has learned are not known again" if name == "prompt" else "")
             for name, value in texts.items()
             if there[name] != value
         ]
@@ -137,7 +137,7 @@ class Adapter:
         return found
 
     def _learned(self, splits: Mapping[str, SplitData]) -> dict[str, int]:
-        """Of each split but train how many rows have a text that it was tuned on."""
+        """Of each split but train how many rows have a text (a filled prompt) that it was tuned on."""
         if self.tuned is None:
             return {}
         own = set(self.tuned["learned"].split())

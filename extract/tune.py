@@ -244,6 +244,7 @@ def _setup(
     settings: TuneSettings, data: TextData, train: TuneRows, val: TuneRows, backbone: Backbone, max_length: int
 ) -> dict[str, Any]:
     """All that the adapter depends on, as tune.json and the checkpoint have it."""
+    held_out = val.name == train.name  # rows that chose the epoch, and that nobody would call another split's
     return {
         "base": {
             "model": backbone.files.name,
@@ -278,7 +279,7 @@ def _setup(
             "loss": settings.own_loss,
             "seed": settings.seed,
         },
-        "learned": " ".join(sorted(set(hash_texts(train.texts)))),
+        "learned": " ".join(sorted({*hash_texts(train.texts), *(hash_texts(val.texts) if held_out else ())})),
     }
 
 

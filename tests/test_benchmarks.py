@@ -94,7 +94,7 @@ def test_the_committed_tables_of_a_comparison_come_out_of_its_reports(name, tmp_
     for there, here in (("comparison.md", "comparison"), ("overview.md", "."), ("averaged.md", ".")):
         texts = [path.read_text(encoding="utf-8") for path in (kept / there, tmp_path / here / there)]
         words, numbers = zip(*[(re.sub(DECIMAL, "#", text), re.findall(DECIMAL, text)) for text in texts], strict=True)
-        assert words[0] == words[1], f"tables print otherwise now: make those of {kept.parent} again by this command"
+        assert words[0] == words[1], f"tables print otherwise now: make those of {kept} again by this command"
         # Another processor may round the last digit otherwise.
         assert list(map(float, numbers[1])) == pytest.approx(list(map(float, numbers[0])), rel=0.02, abs=0.002)
 
@@ -168,6 +168,7 @@ def test_the_tables_at_a_glance(monkeypatch):
     here = {"dataset": "a", "backbone": "llm"}
     duel = {**here, "contender": "RELISH, chosen", "opponent_method": "attention"}
     comparison = {
+        "average_seeds": False,
         "datasets": ["a", "b"],
         "backbones": ["llm"],
         "places": [

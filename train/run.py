@@ -122,6 +122,9 @@ def load_run(path: str | Path) -> Run:
         RunError: if it is no run folder, is damaged, or another version wrote it.
     """
     path = Path(path)
+    if path.is_file():
+        diverged = " but the mark of a cell that diverged" if path.name.endswith(".diverged.json") else ""
+        raise RunError(f"{path} is a file and no run folder{diverged}; leave it out")
     try:
         config = _read_sealed(path / "config.json", FORMAT)
     except FileNotFoundError:
@@ -129,7 +132,7 @@ def load_run(path: str | Path) -> Run:
         if re.fullmatch(_CELL, path.name) and path.is_dir():
             raise RunError(f"the run {path} has no config.json; {_way_out(path)}") from None
         hint = (
-            f"it holds {len(cells)} runs, name one: {path / cells[0]}"
+            f"name one or several of its {len(cells)} runs, such as {path / cells[0]}"
             if cells
             else "name one that relish train made, such as runs/relish-L3-seed0"
         )

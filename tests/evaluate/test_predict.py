@@ -11,6 +11,7 @@ from relish.train.grid import train_heads
 from relish.train.metrics import score
 from relish.train.settings import TrainSettings
 
+from ..train.conftest import write_cache
 from .conftest import SMALL
 
 
@@ -66,13 +67,15 @@ def test_several_runs_are_averaged(seeds, new, tiny_model, tiny_rows, tmp_path, 
         runs = [seeds / name for name in names]
         result = run_cli("predict", *runs, "--model", tiny_model("llama"), "--data", new, "--out", out)
         assert result.exit_code == 0, result.stderr
+        several = len({run.resolve() for run in runs})
+        assert result.stdout == f"{out}: 20 scores{f', each the mean of {several} runs' if several > 1 else ''}\n"
         return np.array([float(row["score"]) for row in read(out)])
 
     names = ("relish-L2-seed0", "relish-L2-seed1", "attention-L0-seed0")
     alone = [scores(name) for name in names]
     assert np.ptp(alone, axis=0).min() > 0
     np.testing.assert_allclose(scores(*names), np.mean(alone, axis=0), rtol=0, atol=1e-12)
-    np.testing.assert_array_equal(scores(names[0], names[0]), alone[0])  # named twice, it counts once
+    np.testing.assert_array_equal(scores(names[0], f"../runs/{names[0]}"), alone[0])  # named twice, it counts once
     together = next(group for group in evaluate_runs(seeds).groups if group.head == "relish")
     figures = score([row["score"] for row in tiny_rows(20, 2)], scores(*names[:2]), (0, 5))
     assert figures == pytest.approx(together.averaged, abs=1e-2)
@@ -86,9 +89,32 @@ def test_runs_of_different_caches_are_not_averaged(seeds, adapted, new, tiny_mod
     assert " ".join(result.stderr.split()).startswith(
         f"error: {adapted} was trained on something else than {first}: adapter is '"
     )
-    assert "Scores are averaged over runs of one LLM, prompt and layer" in " ".join(result.stderr.split())
+    assert result.stderr.endswith("Name runs of one cache and layer, or predict with each alone\n")
     with pytest.raises(RunError, match=r"^there is no run to predict with; name one, such as runs/relish-L3-seed0$"):
         predict.predict_scores([], model=tiny_model("llama"), data=new, out=out)
+
+
+def test_runs_of_another_layer_or_label_range_are_not_averaged(tmp_path):
+    runs = []
+    for name, changes in (("a", {}), ("b", {}), ("c", {"label_range": (0.0, 9.0)})):
+        cache = write_cache(tmp_path / f"{name}-cache", layers=(1, 2), **changes)
+        layer = 2 if name == "b" else 1
+        train_heads(cache, tmp_path / name, TrainSettings(depths=(1,), layer=layer, **SMALL))
+        runs.append(tmp_path / name / "relish-L1-seed0")
+    for other, said in ((runs[1], "layer is 2 there and 1 here"), (runs[2], r"label_range is \[0.0, 9.0\] there and ")):
+        with pytest.raises(RunError, match=said):
+            predict.predict_scores([runs[0], other], model="m", data="new.csv", out=tmp_path / "s.csv")
+
+
+def test_the_mark_of_a_diverged_cell_is_no_run(seeds, tmp_path, new, tiny_model, run_cli):
+    mark = tmp_path / "relish-L2-seed2.diverged.json"
+    mark.write_text("{}", encoding="utf-8")
+    words = ("--model", tiny_model("llama"), "--data", new, "--out", tmp_path / "s.csv")
+    result = run_cli("predict", seeds / "relish-L2-seed0", mark, *words)
+    assert (result.exit_code, result.stderr) == (
+        2,
+        f"error: {mark} is a file and no run folder but the mark of a cell that diverged; leave it out\n",
+    )
 
 
 def test_jsonl_and_a_column_that_is_called_score_already(run, tiny_model, tiny_rows, tmp_path, run_cli):
@@ -224,7 +250,7 @@ def test_where_the_scores_go(run, new, tiny_model, tmp_path, run_cli):
     result = run_cli("predict", run, "--model", tiny_model("llama"), "--data", new, "--out", tmp_path / "scores.json")
     assert "give --out a name that ends in .csv, not 'scores.json'" in result.stderr
     result = run_cli("predict", run.parent, "--model", tiny_model("llama"), "--data", new, "--out", tmp_path / "s.csv")
-    assert (result.exit_code, "it holds 1 runs, name one" in result.stderr) == (2, True)
+    assert (result.exit_code, "name one or several of its 1 runs, such as" in result.stderr) == (2, True)
 
 
 def test_a_failure_midway_leaves_the_old_scores_and_no_other_file(run, new, tiny_model, tmp_path, run_cli, monkeypatch):

@@ -203,7 +203,8 @@ def test_another_prompt_is_noted(tuned, tiny_model, tiny_rows, tmp_path):
     settings = extraction(tiny_model, tiny_rows, tuned(), prompt="{text}", chat_template=True)
     extract_cache(tmp_path / "other", settings, progress=heard)
     assert [text for text in heard.notes if "tuned with" in text] == [
-        "note: the adapter lora-llama was tuned with prompt 'Rate: {text}\\nScore:', and this is '{text}'",
+        "note: the adapter lora-llama was tuned with prompt 'Rate: {text}\\nScore:', and this is '{text}', so that "
+        "rows which it has learned are not known again",
         "note: the adapter lora-llama was tuned with chat template False, and this is True",
     ]
 
@@ -284,6 +285,15 @@ def test_some_rows_that_it_was_tuned_on_are_noted(tuned, tiny_model, tiny_rows, 
         "note: 3 of 7 rows of test have texts that the adapter lora-llama was tuned on, and figures on them will "
         "flatter"
     ]
+
+
+def test_rows_that_chose_the_epoch_count_as_learned_where_they_are_of_the_training_file(
+    tune_settings, tiny_model, tiny_rows, tmp_path
+):
+    own = tiny_rows(24)
+    tune_adapter(tmp_path / "a", tune_settings("lora", data={"train": own}))
+    with pytest.raises(AdapterError, match="holds rows that the adapter a was tuned on, and no others"):
+        extract_cache(tmp_path / "c", extraction(tiny_model, tiny_rows, tmp_path / "a", data={"test": own}))
 
 
 def test_only_the_rows_that_were_drawn_were_learned(tune_settings, tiny_model, tiny_rows, tmp_path):

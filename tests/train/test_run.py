@@ -40,7 +40,9 @@ def test_a_run_folder_holds_what_the_design_says(run):
 
 
 def test_folders_that_hold_no_run_are_refused(run, tmp_path):
-    with pytest.raises(RunError, match="is no run folder: it has no config.json; it holds 1 runs, name one: .*seed0"):
+    with pytest.raises(
+        RunError, match="is no run folder: it has no config.json; name one or several of its 1 runs, such as .*seed0"
+    ):
         load_run(run.parent)
     with pytest.raises(RunError, match="there is no trained head in .*nowhere; make some with: relish train"):
         find_runs(tmp_path / "nowhere")

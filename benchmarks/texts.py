@@ -11,7 +11,7 @@ from relish.extract.sources import load_texts
 Row = dict[str, object]
 
 
-def sample(table: Path | None, count: int, seed: str = "") -> list[Row]:
+def sample(table: Path | None, count: int, seed: str | int = 0) -> list[Row]:
     """`count` rows of STS-B's training table, evenly spaced over it; without, rows of words drawn by the seed."""
     if table is None:
         draw = Random(seed)

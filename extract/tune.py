@@ -243,7 +243,7 @@ def _tell_rows(listener: Listener, data: TextData, val: TuneRows) -> None:
 def _setup(
     settings: TuneSettings, data: TextData, train: TuneRows, val: TuneRows, backbone: Backbone, max_length: int
 ) -> dict[str, Any]:
-    """All that the adapter depends on, as tune.json and the checkpoint have it."""
+    """All that the adapter depends on, and the texts that it learns, as tune.json and the checkpoint have it."""
     held_out = val.name == train.name  # rows that chose the epoch, and that nobody would call another split's
     return {
         "base": {

@@ -280,6 +280,19 @@ def test_rows(tmp_path):
     assert "| stsb, tiny | 24 rows | 48 rows |" in shown
 
 
+def test_shared_rows(shared_data):
+    command = [sys.executable, BENCHMARKS / "shared_rows.py", shared_data]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+    told = (BENCHMARKS.parent / "RESULTS.md").read_text(encoding="utf-8")
+    assert "49 of 4,927 in SICK, 35 of 1,000 in WMT si-en, 7 of 1,379 in STS-B" in " ".join(told.split())
+    for line in (
+        "| sick | 3 of 500 | 49 of 4,927 |",
+        "| wmt-si-en | 23 of 1,000 | 35 of 1,000 |",
+        "| stsb | 6 of 1,500 | 7 of 1,379 |",
+    ):
+        assert line in shown
+
+
 def test_budget(tmp_path):
     from relish.train.settings import LEARNING_RATES, WEIGHT_DECAYS
 

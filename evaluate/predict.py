@@ -139,7 +139,7 @@ def predict_scores(
         mask = torch.arange(states.shape[-2]) < torch.tensor([len(row) for row in rows])[:, None]
         mask = mask.to(states.device)
         with torch.inference_mode():
-            return np.mean([head(states, mask).cpu().double().numpy() for head in heads], axis=0)
+            return torch.stack([head(states, mask) for head in heads], dim=1).cpu().double().numpy()
 
     added = next(
         name for name in chain(("score", "prediction"), (f"prediction_{n}" for n in count(2))) if name not in names
@@ -153,7 +153,7 @@ def predict_scores(
             writer = csv.writer(file)
             writer.writerow([*names, added])
             for rows, tokens in _tokenised(data, columns, identity, backbone):
-                scores = np.empty(len(tokens))
+                scores = np.empty((len(tokens), len(heads)))
                 order = sorted(range(len(tokens)), key=lambda row: -len(tokens[row]))
                 longest_first = [tokens[row] for row in order]
                 read = backbone.read_start(tokens)
@@ -162,10 +162,12 @@ def predict_scores(
                 passes = run_in_batches(sizes, budget, partial(forward, longest_first), tokens=lengths)
                 for batch, values in passes:
                     scores[[order[i] for i in batch]] = values
-                if not np.isfinite(scores).all():
-                    bad = done + int(np.argmin(np.isfinite(scores)))
-                    raise DataError(f"the score of row {bad} of {data.name} is not finite; take the row out")
-                for row, value in zip(rows, scores.tolist(), strict=True):
+                for row, head in np.argwhere(~np.isfinite(scores))[:1].tolist():
+                    raise DataError(
+                        f"the score of row {done + row} of {data.name} is not finite with {runs[head].path.name}; take "
+                        "the row out"
+                    )
+                for row, value in zip(rows, scores.mean(axis=1).tolist(), strict=True):
                     writer.writerow([*(row.get(name, "") for name in names), repr(value)])
                 done += len(rows)
                 if progress is not None:

@@ -190,7 +190,10 @@ def test_a_score_that_is_not_finite_is_named_by_its_row(predict_words, tmp_path,
     monkeypatch.setattr(predict, "_CHUNK", 7)
     result = run_cli(*predict_words, tmp_path / "scores.csv", "--batch-tokens", 1)
     assert (result.exit_code, result.stdout) == (2, "")
-    found = re.fullmatch(r"error: the score of row (\d+) of new.jsonl is not finite; take the row out\n", result.stderr)
+    found = re.fullmatch(
+        rf"error: the score of row (\d+) of new.jsonl is not finite with {predict_words[1].name}; take the row out\n",
+        result.stderr,
+    )
     assert found is not None
     # The tenth pass is the third of the second chunk.
     texts = [json.loads(line)["text"] for line in predict_words[5].read_text(encoding="utf-8").splitlines()]

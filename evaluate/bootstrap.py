@@ -60,7 +60,7 @@ def intervals(
         for pair in pairs:
             means[:, start:stop] += pair.metrics(weights, width) / len(pairs)
         start = stop
-    return {name: _interval(line) for name, line in zip(METRICS, means, strict=True)}
+    return {name: quantile_interval(line) for name, line in zip(METRICS, means, strict=True)}
 
 
 def _draws(rows: int, resamples: int, seed: int) -> Iterator[Array]:
@@ -75,7 +75,8 @@ def _draws(rows: int, resamples: int, seed: int) -> Iterator[Array]:
         yield weights
 
 
-def _interval(values: Array) -> tuple[float, float]:
+def quantile_interval(values: Array) -> tuple[float, float]:
+    """The 2.5 % and 97.5 % quantiles of the values that are finite; (NaN, NaN) if none is."""
     values = values[np.isfinite(values)]
     if values.size == 0:
         return math.nan, math.nan

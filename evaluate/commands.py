@@ -94,7 +94,8 @@ def compare(
     Holm's correction over data sets, wins, ties and losses, macro averages, costs.
 
     A report says its data set (the task of its cache) and its LLM. Names before an = replace them; a third one tells
-    reports apart that hold the same methods, such as those of two layers. Any of the three may be empty.
+    reports apart that hold the same methods, such as those of two losses. Any of the three may be empty. Of reports of
+    several layers each method is taken at the one with the best validation NRMSE.
 
     Examples:
 

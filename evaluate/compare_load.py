@@ -40,7 +40,7 @@ def load_places(sources: Sequence[Source], *, average: bool = False) -> list[Pla
 
     Raises:
         RunError: if there is none, one cannot be read, two of one data set score different rows or labels, or are of
-            two adapters of one name, or two hold the same method.
+            two LLMs or adapters of one name, or two hold the same method.
     """
     if not sources:
         raise RunError("there is no report to compare; make some with: relish evaluate RUNS --out REPORT")
@@ -102,7 +102,18 @@ def _refuse_other_adapter(place: Place, report: Place) -> None:
             )
 
 
+def _refuse_other_backbone(place: Place, report: Place) -> None:
+    known = "" not in (place.backbone_files, report.backbone_files)  # reports of an earlier relish do not say
+    if known and report.backbone_files != place.backbone_files:
+        raise RunError(
+            f"{report.source} and {place.source} are of two LLMs, both called {place.backbone} "
+            f"({report.backbone_files} and {place.backbone_files}); tell them apart by a second name: "
+            f",NAME={report.source}"
+        )
+
+
 def _join(place: Place, report: Place) -> Place:
+    _refuse_other_backbone(place, report)
     _refuse_other_adapter(place, report)
     entries = {entry.method.label: entry for entry in place.entries}
     for entry in report.entries:
@@ -130,6 +141,7 @@ def _join(place: Place, report: Place) -> Place:
         learned_from={**report.learned_from, **place.learned_from},
         adapters={**report.adapters, **place.adapters},
         backbone_parameters=place.backbone_parameters or report.backbone_parameters,
+        backbone_files=place.backbone_files or report.backbone_files,
     )
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ..train.settings import CLOSED_FORM, HEADS
 from .summary import group_label
 
 FAMILIES = {
@@ -38,6 +39,11 @@ class Method:
         if self.adapter:
             return "tuned"
         return {"greedy": "autoregressive", "rail": "inference"}.get(self.head.partition("-")[0], "heads")
+
+    @property
+    def has_seeds(self) -> bool:
+        """Whether it is a head that is trained anew for each seed."""
+        return self.head in HEADS and self.head not in CLOSED_FORM
 
     @property
     def label(self) -> str:

@@ -18,7 +18,7 @@ from ..cache.errors import RunError
 from ..train.metrics import METRICS, label_width, score
 from .bootstrap import intervals
 from .compare_methods import Method
-from .summary import EXTRAS, LEARNED_FROM, VALIDATED_ON, Estimate
+from .summary import BACKBONE_FILES, EXTRAS, LEARNED_FROM, VALIDATED_ON, Estimate
 
 Array = NDArray[np.float64]
 _LONGEST = 2**31 - 1  # characters of an id
@@ -59,6 +59,11 @@ class Entry:
     rejected: tuple["Entry", ...] = ()
     """The same method at layers of other reports, where its validation figures are worse."""
 
+    @property
+    def seed_count(self) -> int:
+        """How many seeds its figures are of, be they means over seeds or of the mean prediction over them."""
+        return max(len(self.seeds), self.averaged_seeds)
+
 
 @dataclass(frozen=True, eq=False)
 class Place:
@@ -84,6 +89,8 @@ class Place:
     """What reports say of the rows that heads were trained on and chosen by."""
     adapters: dict[str, str]
     """What methods on tuned states are told apart by ("lora", "lora (seed 1)"), to the hash of the adapter."""
+    backbone_files: str = ""
+    """Hashes of the LLM's files, short; empty where the report does not say."""
 
 
 def load_report(source: Source, *, average: bool = False) -> Place:
@@ -173,6 +180,7 @@ def load_report(source: Source, *, average: bool = False) -> Place:
             source=path,
             learned_from={name: meta[name] for name in LEARNED_FROM if name in meta},
             adapters={_named(adapter, source.variant): str(meta["adapter"])} if adapter else {},
+            backbone_files=str(meta.get(BACKBONE_FILES, "")),
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise _damaged(path, repr(error)) from None
@@ -211,9 +219,9 @@ def _read_results(path: Path) -> dict[str, Any]:
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise RunError(
-            f"{path} is no report folder: it has no results.json; make one with: relish evaluate RUNS --out {path}"
-        ) from None
+        trained = any(path.glob("*-seed*/config.json"))
+        way = f"relish evaluate {path} --out REPORT" if trained else f"relish evaluate RUNS --out {path}"
+        raise RunError(f"{path} is no report folder: it has no results.json; make one with: {way}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise _damaged(path, str((isinstance(error, OSError) and error.strerror) or error)) from None
     if not isinstance(results, dict):

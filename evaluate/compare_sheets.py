@@ -209,6 +209,7 @@ def _costs(comparison: Comparison, backbone: str) -> Sheet:
         lines[FAMILIES[entries[0].method.family]].append(
             [
                 Figure(label),
+                Figure(_from_to([entry.seed_count for entry in entries])),
                 Figure(f"{parameters:,}" if parameters is not None else _NONE),
                 Figure(f"{100 * parameters / size:.3g} %" if parameters is not None and size else _NONE),
                 Figure(_seconds(entry.extras["seconds_per_1000_rows"] for entry in entries)),
@@ -224,9 +225,10 @@ def _costs(comparison: Comparison, backbone: str) -> Sheet:
         f"{about}Means over {over}, of the parameters the largest; seconds are wall time on the machines that ran each "
         f"step, beside whatever else they ran. Per 1,000 rows: the LLM's forward passes and the head, or decoding"
         f"{together}. Parameters and training are those of {trained}, the latter without the LLM's passes over the "
-        "training rows, which all heads share."
+        "training rows, which all heads share; what else heads share, such as scales, is in the time of the first of a "
+        "grid that needs it."
     )
-    columns = ("Method", "Trained parameters", "Share of the LLM", "s per 1,000 rows", "Training, s")
+    columns = ("Method", "Seeds", "Trained parameters", "Share of the LLM", "s per 1,000 rows", "Training, s")
     return Sheet(f"Costs, {backbone}", columns, [group for group in lines.items() if group[1]], caption)
 
 
@@ -246,6 +248,10 @@ def _signed(value: float) -> str:
 
 def _p(value: float) -> str:
     return _NONE if math.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _from_to(counts: Sequence[int]) -> str:
+    return str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)}–{max(counts)}"
 
 
 def _seconds(values: Iterable[float | None]) -> str:

@@ -16,7 +16,8 @@ def sheets_to_markdown(title: str, sheets: Sequence[Sheet], remarks: Sequence[st
     parts = [title, ""]
     for sheet in sheets:
         aligned = [" --- " if number < sheet.texts else " ---: " for number in range(len(sheet.columns))]
-        parts += [f"## {sheet.title}", "", _row(sheet.columns), f"|{'|'.join(aligned)}|"]
+        columns = [_escaped(column) for column in sheet.columns]
+        parts += [f"## {_escaped(sheet.title)}", "", _row(columns), f"|{'|'.join(aligned)}|"]
         for name, lines in sheet.groups:
             parts.append(_row([f"*{_escaped(name)}*", *[""] * (len(sheet.columns) - 1)]))
             parts += [_row([_markdown(figure) for figure in line]) for line in lines]

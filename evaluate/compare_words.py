@@ -4,12 +4,12 @@ import math
 
 import numpy as np
 
-from ..cache.manifest import TRAIN
 from ..train.metrics import HIGHER_IS_BETTER, METRIC_NAMES, PAPER_METRICS
 from .compare import Comparison
 from .compare_duels import BEST_RIVAL, Duel
 from .compare_methods import CONTENDERS
 from .compare_read import Entry
+from .summary import flattering
 
 
 def headline(comparison: Comparison) -> str:
@@ -49,17 +49,14 @@ def remarks(comparison: Comparison) -> list[str]:
             for choice in chosen.values()
             if choice.by == "test"
         ]
-        if place.split == TRAIN or any(e.validated_on.startswith(f"{place.split},") for e in place.entries):
-            found.append(
-                f"{where}: the rows are those of the split {place.split}, which heads learned from or were chosen by, "
-                "so that figures on them flatter the heads; evaluate a split that had no part in that, such as test."
-            )
+        flattered = {flattering(place.split, entry.validated_on) for entry in place.entries} - {""}
+        found += [f"{where}: {clause}." for clause in flattered]
         found += [f"{where}: {note.rstrip('.')}." for note in place.notes]
-        most = max((entry.averaged_seeds for entry in place.entries), default=1)
-        fewer = [e for e in place.entries if 1 < e.averaged_seeds < most]
+        most = max((entry.seed_count for entry in place.entries), default=1)
+        fewer = [e for e in place.entries if e.seed_count < most and e.method.has_seeds]
         if fewer:
-            told = ", ".join(f"{e.method.label} ({e.averaged_seeds})" for e in fewer)
-            found.append(f"{where}: fewer seeds than {most} are averaged of {told}.")
+            told = ", ".join(f"{e.method.label} ({e.seed_count})" for e in fewer)
+            found.append(f"{where}: fewer seeds than {most} stand behind {told}.")
         for entry in place.entries:
             label, seeds = entry.method.label, constant_seeds(entry)
             found += [f"{where}: {label}: {entry.note.rstrip('.')}."] if entry.note else []

@@ -17,7 +17,7 @@ from ..cache.fileio import sync_folder, write_json_durably, write_text_durably
 from ..cache.lock import lock_folder
 from ..train.metrics import METRICS
 from ..train.saving import writing
-from .summary import Results
+from .summary import EXTRAS, Results
 
 COMPARISON_FILES = ("comparison.json", "comparison.md", "depth.png", "comparison.html")
 REPORT_FILES = ("results.json", "results.csv", "predictions.csv", "scatter.png", "depth.png", "report.html")
@@ -32,10 +32,13 @@ def check_report_folder(folder: Path, files: Sequence[str] = REPORT_FILES) -> No
         files: what a report of this kind is made of.
 
     Raises:
-        RunError: naming a file that is none of a report's.
+        RunError: naming a file that is none of a report's, or a folder that cannot be written.
     """
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is a file; the report needs a folder")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RunError(f"{folder} cannot be written: no permission in {there}, or a read-only disk; choose another one")
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     others = [name for name in names if name not in files and not name.startswith(".")]
     if others:
@@ -130,10 +133,11 @@ def write_results(results: Results, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json_durably(folder / "results.json", results_json(results))
 
-    lines: list[list[object]] = [["head", "depth", "seed", "parameters", "status", *METRICS]]
+    lines: list[list[object]] = [["head", "depth", "seed", "parameters", "status", *METRICS, *EXTRAS]]
     for cell in results.cells:
         figures = [_csv_number(cell.metrics[name]) for name in METRICS]
-        lines.append([cell.head, cell.depth, cell.seed, cell.parameters, cell.status, *figures])
+        extras = ["" if (value := cell.extras.get(name)) is None else value for name in EXTRAS]
+        lines.append([cell.head, cell.depth, cell.seed, cell.parameters, cell.status, *figures, *extras])
     write_text_durably(folder / "results.csv", _csv(lines))
 
     lines = [["head", "depth", "seed", "id", "row", "target", "prediction"]]

@@ -16,7 +16,8 @@ from .summary import Results, Summary
 from .tables import format_number
 
 _BLUE, _ORANGE, _INK, _GREY = "#0072B2", "#D55E00", "#222222", "#8a8a8a"
-_OTHERS = (("#D55E00", (5, 2)), ("#009E73", (2, 1.5)), ("#CC79A7", (6, 1.5, 1.5, 1.5)), ("#7a6a00", (1, 1.2)))
+_COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#7a6a00", "#56B4E9", "#222222")
+_DASHES = ((5, 2), (2, 1.5), (6, 1.5, 1.5, 1.5), (1, 1.2))
 _DPI = 160
 _BINS = 10
 
@@ -85,7 +86,7 @@ def plot_depth(results: Results, path: Path) -> bool:
         set_style(axes)
         _draw_depth(axes, name, results, curve)
         for index, group in enumerate(others):
-            colour, dashes = _OTHERS[index % len(_OTHERS)]
+            colour, dashes = _line_style(index)
             mean = group.metrics[name]["mean"]
             axes.axhline(mean, color=colour, linewidth=1.6, linestyle=(0, dashes), label=group.label, zorder=2)
         better = "lower is better" if name == "nrmse" else "higher is better"
@@ -96,6 +97,12 @@ def plot_depth(results: Results, path: Path) -> bool:
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False, fontsize=9)
     save_figure(figure, path)
     return True
+
+
+def _line_style(index: int) -> tuple[str, tuple[float, ...]]:
+    """Colour and dashes of the other heads: neighbours differ in both, and the first 24 are all different."""
+    colour = index % len(_COLOURS)
+    return _COLOURS[colour], _DASHES[(index // len(_COLOURS) + colour) % len(_DASHES)]
 
 
 def _draw_depth(axes: Any, name: str, results: Results, curve: list[Summary]) -> None:

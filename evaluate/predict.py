@@ -49,8 +49,9 @@ def predict_scores(
 ) -> int:
     """Score the rows of a file; the scores are those `evaluate` would give the same rows.
 
-    Of several runs, such as the seeds of one head, each score is the mean of theirs (an ensemble): the backbone reads a
-    text once, and seeds as a rule predict better together than one by one. A run that is named twice counts once.
+    Of several runs, such as the seeds of one head or the folds of a cross-validation, each score is the mean of theirs
+    (an ensemble): the backbone reads a text once, and seeds as a rule predict better together than one by one. A run
+    that is named twice counts once.
 
     Every row is checked before the backbone is loaded, and `out` appears only when it is complete: a row for each row
     of the input, in its order. Ids may repeat. Of two that write one `out` at the same time, the later one's stays.
@@ -76,8 +77,9 @@ def predict_scores(
         How many rows were scored.
 
     Raises:
-        RunError: if a run cannot be used or was changed since it was saved, runs were trained on different things, if
-            `out` cannot be written, or if backbone, adapter, prompt or layer are not those the head was trained on.
+        RunError: if a run cannot be used or was changed since it was saved, runs read different hidden states or are of
+            different label ranges, if `out` cannot be written, or if backbone, adapter, prompt or layer are not those
+            the head was trained on.
         AdapterError: if the adapter cannot be read, or is one of another backbone.
         DataError: naming the row, if one cannot be used.
         BackboneError: if the backbone cannot be run.
@@ -104,8 +106,8 @@ def predict_scores(
     for part, digest in files.hashes().items():
         if digest != getattr(identity, part):
             raise RunError(
-                f"{files.name} is not the backbone that {trained.path.name} was trained on, {identity.model}: "
-                f"its {part} files differ. Give that one with --model"
+                f"{model} is not the backbone that {trained.path.name} was trained on, {identity.model}: the hash of "
+                f"its {part} files is {digest[:12]}…, not {getattr(identity, part)[:12]}…. Give that one with --model"
                 + (f" and --revision {identity.revision}" if identity.revision else "")
             )
     merged = open_adapter(adapter, files) if adapter is not None else None

@@ -17,11 +17,12 @@ from .tables import (
     answer_notes,
     average_notes,
     best_means,
-    failure_notes,
+    choice_notes,
     format_depth,
     format_estimate,
     format_number,
     heading,
+    warnings,
 )
 
 _WORST = 15
@@ -68,8 +69,8 @@ def write_report(results: Results, folder: Path) -> Path:
         headline=headline(results),
         comparison=comparison(results),
         best_means=best_means(results),
-        notes=failure_notes(results),
-        table_notes=[*average_notes(results), *answer_notes(results)],
+        notes=warnings(results),
+        table_notes=[*choice_notes(results), *average_notes(results), *answer_notes(results)],
         metrics=METRICS,
         names=METRIC_NAMES,
         heading=heading,

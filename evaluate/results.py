@@ -11,7 +11,7 @@ import torch
 from ..cache.device import pick_device
 from ..cache.errors import CacheError, DataError, RunError, require_extra
 from ..cache.exact import exact_range
-from ..cache.identity import refuse_differences
+from ..cache.identity import Identity, refuse_differences
 from ..cache.manifest import MANIFEST, VALIDATION_NAMES
 from ..cache.reader import FeatureCache, Split, open_cache
 from ..cache.readouts import readout_names
@@ -24,7 +24,7 @@ from ..train.run import Run, find_runs, load_head
 from ..train.settings import MIX, Layer
 from .files import changing_report, check_report_folder, write_results
 from .readouts import readout_cells
-from .summary import TRAINED_ON, VALIDATED_ON, CellPredictions, Results, group_label, summarise
+from .summary import BACKBONE_FILES, TRAINED_ON, VALIDATED_ON, CellPredictions, Results, group_label, summarise
 
 
 def evaluate_runs(
@@ -53,10 +53,11 @@ def evaluate_runs(
         Figures per cell, and per head and depth over its seeds with bootstrap intervals.
 
     Raises:
-        RunError: if there is no run, one is damaged, runs of different caches lie in the folder, or the report cannot
-            be written, or `out` holds anything but an earlier report.
-        CacheError: if the cache is missing, damaged, lacks the split, or is not the one the heads were trained on; or
-            if it was given alone, and its LLM was not asked about the split.
+        RunError: if there is no run, one is damaged, runs of different caches or trainings lie in the folder, or the
+            report cannot be written, or `out` holds anything but an earlier report.
+        CacheError: if the cache is missing, damaged, lacks the split, or its hidden states or label range are not those
+            that the heads were trained on (its rows may be others); or if it was given alone, and its LLM was not asked
+            about the split.
         DataError: if rows of the split have no label.
         MissingExtraError: if a report is asked for and matplotlib or jinja2 is not installed.
     """
@@ -179,9 +180,24 @@ def check_cache(runs: Sequence[Run], cache: FeatureCache) -> None:
         RunError: if a head reads hidden states of another size, or the runs differ among themselves.
         CacheError: if the label range or anything else of the identity differs.
     """
+    firsts: dict[str, Run] = {}
     for run in runs:
-        if run.layer != runs[0].layer or run.label_range != runs[0].label_range:
-            raise RunError(f"{run.path} was trained on another layer or label range than {runs[0].path}; part them")
+        first, same = runs[0], firsts.setdefault(run.head.name, run)
+        if run.layer != first.layer or run.label_range != first.label_range:
+            raise RunError(f"{run.path} was trained on another layer or label range than {first.path}; part them")
+        if (run.data, run.train_rows) != (first.data, first.train_rows):
+            raise RunError(
+                f"{run.path} was trained or validated on other rows than {first.path}, and one table would not say so; "
+                "put the one into another folder, and evaluate each"
+            )
+        # Runs of an earlier relish may lack a setting.
+        other = [name for name, value in run.settings.items() if same.settings.get(name, value) != value]
+        if other:
+            raise RunError(
+                f"{run.path} was trained with another {other[0]} than {same.path} ({run.settings[other[0]]} and "
+                f"{same.settings[other[0]]}), and is no seed beside it; put the one into another folder, and evaluate "
+                "each"
+            )
         if run.head.hidden_size != cache.hidden_size:
             raise RunError(
                 f"the head {run.path.name} reads hidden states of size {run.head.hidden_size}, and those of the cache "
@@ -227,6 +243,7 @@ def _meta(runs: Sequence[Run], cache: FeatureCache) -> dict[str, object]:
         "adapter": identity.adapter,
         "model": identity.model,
         "revision": identity.revision,
+        BACKBONE_FILES: _short_hashes(identity),
         **({"layer": runs[0].layer} if runs else {}),
         **_mixes(runs),
         "prompt": identity.prompt,
@@ -236,6 +253,10 @@ def _meta(runs: Sequence[Run], cache: FeatureCache) -> dict[str, object]:
         **_recipe(runs),
         **{_MADE_BY.get(name, name.replace("_", " ")): value for name, value in cache.manifest.made_by.items()},
     }
+
+
+def _short_hashes(identity: Identity) -> str:
+    return ", ".join(f"{part} {getattr(identity, part)[:12]}" for part in ("weights", "config", "tokenizer"))
 
 
 def _learned_from(run: Run) -> dict[str, object]:

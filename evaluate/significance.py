@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
 from ..train.metrics import PAPER_METRICS, checked_pair, label_width
+from .bootstrap import quantile_interval
 from .weighted import WeightedPair
 
 Array = NDArray[np.float64]
@@ -168,15 +169,6 @@ def _difference(observed: float, resampled: Array, swapped: Array) -> Difference
     if not math.isfinite(observed):
         return Difference(math.nan, (math.nan, math.nan), math.nan, math.nan)
     return Difference(observed, quantile_interval(resampled), bootstrap_p(resampled), permutation_p(observed, swapped))
-
-
-def quantile_interval(values: Array) -> tuple[float, float]:
-    """The 2.5 % and 97.5 % quantiles of the values that are finite; (NaN, NaN) if none is."""
-    values = values[np.isfinite(values)]
-    if values.size == 0:
-        return math.nan, math.nan
-    low, high = np.quantile(values, (0.025, 0.975))
-    return float(low), float(high)
 
 
 def bootstrap_p(resampled: Array) -> float:

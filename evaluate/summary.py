@@ -13,17 +13,35 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cache.errors import RelishError
+from ..cache.manifest import TRAIN
 from ..train.metrics import METRICS, score
 from .bootstrap import intervals
 
 EXTRAS: tuple[str, ...] = ("val_nrmse", "val_pearson", "train_seconds", "seconds_per_1000_rows")
 """What results.json says of each cell and group besides its figures: how to choose among them, and what they cost."""
 
+BACKBONE_FILES = "backbone files"
+"""What a report's `meta` calls the hashes of the LLM's files, short."""
 TRAINED_ON = "training data"
 VALIDATED_ON = "validation data"
 LEARNED_FROM = ("training rows", TRAINED_ON, VALIDATED_ON)
 """What a report's `meta` says of what heads were trained on and chosen by; of the last two a hash of ids, filled
 prompts, labels and tokens. Of a cache without heads it says the second, of the rows that examples are from."""
+
+
+def flattering(split: str, validated_on: str) -> str:
+    """A clause on figures of a split that heads learned from or were chosen by; empty for another split.
+
+    Args:
+        split: which the figures are of.
+        validated_on: what a report's `meta` says of the rows that heads were chosen by; empty if it is not known.
+    """
+    if split != TRAIN and not validated_on.startswith(f"{split},"):
+        return ""
+    return (
+        f"figures on the split {split} flatter the heads, which learned from its rows or were chosen by them; evaluate "
+        "a split that had no part in that"
+    )
 
 
 class Estimate(TypedDict):

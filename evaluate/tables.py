@@ -4,9 +4,11 @@ import math
 import os
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ..train.metrics import HIGHER_IS_BETTER, METRIC_NAMES, METRICS, PAPER_METRICS
 from .readouts import answers_note
-from .summary import Estimate, Results
+from .summary import VALIDATED_ON, Estimate, Results, flattering
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,6 +54,27 @@ def answer_notes(results: Results) -> list[str]:
     return [*filter(None, notes), *results.left_out]
 
 
+def warnings(results: Results) -> list[str]:
+    """What makes figures mislead: rows that heads have seen, cells that do not count, seeds without a correlation."""
+    seen = flattering(results.split, str(results.meta.get(VALIDATED_ON, "")))
+    constant = [
+        f"{cell.label}, seed {cell.seed}, predicts one score for all rows: no correlation exists, and no mean of them."
+        for cell, values in zip(results.cells, results.predictions, strict=True)
+        if cell.status == "ok" and np.ptp(values) == 0
+    ]
+    return [*([f"Beware: {seen}."] if seen else []), *failure_notes(results), *constant]
+
+
+def choice_notes(results: Results) -> list[str]:
+    """Which depth of RELISH the validation rows choose; none where there is but one."""
+    depths = [group for group in results.groups if group.head == "relish"]
+    known = [(nrmse, group) for group in depths if (nrmse := group.extras.get("val_nrmse")) is not None]
+    if len(depths) < 2 or len(known) < len(depths):
+        return []
+    nrmse, best = min(known, key=lambda one: one[0])
+    return [f"Of the depths L = {best.depth} has the lowest validation NRMSE, {format_number(nrmse)}."]
+
+
 def average_notes(results: Results) -> list[str]:
     """How good the mean prediction over seeds is, of the group of which it has the lowest NRMSE; none of one seed."""
     several = [(group, group.averaged) for group in results.groups if group.averaged is not None]
@@ -59,12 +82,12 @@ def average_notes(results: Results) -> list[str]:
         return []
     best, figures = min(several, key=lambda one: one[1]["nrmse"])
     told = ", ".join(f"{METRIC_NAMES[name]} {format_number(figures[name])}" for name in PAPER_METRICS)
-    return [f"With seeds averaged the lowest NRMSE is that of {best.label} ({best.seeds} seeds): {told}."]
+    return [f"Averaged over seeds, the predictions of {best.label} ({best.seeds} seeds) have the lowest NRMSE: {told}."]
 
 
 def notes(results: Results) -> list[str]:
     """All sentences below a table, after its caption."""
-    return [*average_notes(results), *failure_notes(results), *answer_notes(results)]
+    return [*warnings(results), *choice_notes(results), *average_notes(results), *answer_notes(results)]
 
 
 def caption(results: Results) -> str:

@@ -118,7 +118,7 @@ def train(
         typer.echo(
             json.dumps({"runs": str(out), "cells": cells, "diverged": [str(c) for c in result.diverged]}, indent=2)
         )
-    else:
+    elif result.cells:
         typer.echo(f"next: relish evaluate {quote(str(out))} --out report")
     if result.diverged:
         from .diverged import find_diverged
@@ -132,9 +132,9 @@ def train(
         ]
         reasons = "; ".join(dict.fromkeys(cell.reason for cell in lost))
         typer.echo(
-            f"error: {names} diverged: {reasons}. Against a loss that is not finite, try a lower --lr. The other cells "
-            "are there. To try a cell again with the same settings, delete its file "
-            f"{out / 'CELL.diverged.json'}",
+            f"error: {names} diverged: {reasons}. Against a loss that is not finite, try a lower --lr. "
+            + ("The other cells are there. " if result.cells else "")
+            + f"To try a cell again with the same settings, delete its file {out / 'CELL.diverged.json'}",
             err=True,
         )
         raise typer.Exit(2)

@@ -18,7 +18,7 @@ from .shared import own_tokens
 
 _AHEAD = 3  # batches read ahead
 _SLOTS = 8192  # token slots of a batch that needs no gradient, over all layers
-_SAMPLE = 1 << 16  # tokens: their deviations are those of all to a per cent, and training starts at once
+_SAMPLE = 1 << 16  # tokens, of whole rows, whose pooled vectors stand for all as well: training starts at once
 
 
 class TrainBatch(NamedTuple):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from ..cache.errors import SettingsError, refuse_scalars
+from ..cache.manifest import TRAIN
 
 HEADS = {
     "relish": "latent state with refinement steps",
@@ -41,6 +42,8 @@ AVERAGING_POWER, AVERAGE_EVERY = 8.0, 8
 every so many steps are looked at, which costs an eighth and gives the same (benchmarks/recipe-log.md)."""
 STEP_SCALE = 0.1
 """What a refinement step of relish adds to the latent state begins at so small a share of torch's usual weights."""
+
+_LONGEST_RANGE = 10_000
 
 MIX: Final = "mix"
 """In place of a layer's index: a mix of all layers of the cache, learned with the head (train/mix.py)."""
@@ -149,6 +152,11 @@ class TrainSettings:
             raise SettingsError(
                 "early stopping needs validation rows: val_fraction must be above 0, or name a val_split"
             )
+        if self.val_split == TRAIN:
+            raise SettingsError(
+                f"heads cannot be chosen by the rows that they learn from: leave out val_split {TRAIN!r}; some of the "
+                "training rows are held out where there is no validation split"
+            )
         for name in ("workers", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -184,5 +192,7 @@ def parse_range(text: str, what: str) -> tuple[int, ...]:
             raise SettingsError(f"{what} takes numbers and ranges such as 0,2,7 or 1-5; not {text!r}") from None
         if not found:
             raise SettingsError(f"the grid is empty: {what} {part.strip()!r} holds no number")
+        if found[-1] - found[0] >= _LONGEST_RANGE:
+            raise SettingsError(f"{what} {part.strip()!r} holds more than {_LONGEST_RANGE:,} numbers; shorten it")
         values += found
     return tuple(values)

@@ -316,8 +316,8 @@ def test_relish_is_not_called_first_where_it_has_no_correlation_itself(tmp_path)
 def test_rows_that_heads_were_chosen_by_or_learned_from_are_said(tmp_path, split, said):
     write_report(tmp_path / "r", grid(relish1=0.5, ridge=1.0), split=split, meta={"validation data": "dev, 9801"})
     sentence = (
-        f"stsb with tiny: the rows are those of the split {split}, which heads learned from or were chosen by, so that "
-        "figures on them flatter the heads; evaluate a split that had no part in that, such as test."
+        f"stsb with tiny: figures on the split {split} flatter the heads, which learned from its rows or were chosen "
+        "by them; evaluate a split that had no part in that."
     )
     assert (sentence in remarks(compare(tmp_path / "r"))) == said
 

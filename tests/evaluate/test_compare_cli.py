@@ -92,6 +92,7 @@ def test_wrong_input_ends_with_code_2_and_one_sentence(trained, reports, tmp_pat
             ["nowhere"],
             "error: nowhere is no report folder: it has no results.json; make one with: relish evaluate RUNS",
         ),
+        ([trained[1].parent / "runs"], f"make one with: relish evaluate {trained[1].parent / 'runs'} --out REPORT"),
         ([reports[0], f"stsb={reports[1]}"], "are both of stsb, and score different rows: line 0 of one is row 0"),
         ([reports[0], "--resamples", "5"], "error: 5 resamples are too few to tell a difference at 5 %; take 100 or"),
         (["a,b,c,d=e"], "error: a report is given as REPORT, or as DATASET,BACKBONE,VARIANT=REPORT where names may"),
@@ -207,8 +208,8 @@ def test_the_best_rival_and_the_counts(comparison):
 def test_costs(comparison):
     lines = table(comparison, "Costs, tiny")
     shown = {label: [figure.text for figure in line[1:]] for label, line in lines.items()}
-    assert shown["relish, L = 2"] == ["3,000", "0.15 %", "3", "10"]
-    assert shown["greedy-0shot"] == ["1,000", "0.05 %", "3", "–"]
+    assert shown["relish, L = 2"] == ["3", "3,000", "0.15 %", "3", "10"]
+    assert shown["greedy-0shot"] == ["1", "1,000", "0.05 %", "3", "–"]
 
 
 def test_unknown_costs_are_dashes(tmp_path):
@@ -216,7 +217,7 @@ def test_unknown_costs_are_dashes(tmp_path):
     meta = {"adapter": "a" * 64, "backbone parameters": None}
     write_report(tmp_path / "r", grid(ridge=1.0), extras=extras, meta=meta)
     found = compare_reports([parse_source(str(tmp_path / "r"))])
-    assert [figure.text for figure in table(found, "Costs, tiny")["ridge on tuned"][1:]] == ["–"] * 4
+    assert [figure.text for figure in table(found, "Costs, tiny")["ridge on tuned"][2:]] == ["–"] * 4
 
 
 # Their forms
@@ -250,8 +251,10 @@ def test_latex_has_a_tabular_for_each_sheet(comparison):
 
 
 def test_everything_from_outside_is_escaped_in_markdown():
-    sheet = Sheet("t", ("a", "b"), [("x|y", [[Figure("p|q"), Figure("1*", bold=True)]])])
-    assert "| p\\|q | **1\\*** |" in sheets_to_markdown("t", [sheet], [])
+    sheet = Sheet("t*", ("a|b", "c*"), [("x|y", [[Figure("p|q"), Figure("1*", bold=True)]])])
+    text = sheets_to_markdown("t", [sheet], [])
+    assert "| p\\|q | **1\\*** |" in text
+    assert "## t\\*\n\n| a\\|b | c\\* |\n| --- | ---: |\n| *x\\|y* |" in text
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])

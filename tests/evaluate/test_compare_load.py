@@ -252,3 +252,14 @@ def test_predictions_that_were_cut_off_are_refused(tmp_path, cut):
     path.write_text("\n".join(path.read_text().splitlines()[:-cut]) + "\n")
     with pytest.raises(RunError, match=r"predictions.csv is cut off"):
         load_places([Source(tmp_path / "r")])
+
+
+def test_two_llms_of_one_name_are_not_joined(tmp_path):
+    write_report(tmp_path / "old", grid(mlp=0.5))
+    write_report(tmp_path / "a", grid(ridge=0.5), meta={"backbone files": "weights 11"})
+    write_report(tmp_path / "b", grid(relish1=0.5), meta={"backbone files": "weights 22"})
+    told = r"b and \S+old are of two LLMs, both called tiny \(weights 22 and weights 11\); .* second name: ,NAME=\S+b$"
+    with pytest.raises(RunError, match=told):
+        load_places([Source(tmp_path / "old"), Source(tmp_path / "a"), Source(tmp_path / "b")])
+    places = load_places([Source(tmp_path / "a"), Source(tmp_path / "b", backbone="other")])
+    assert [place.backbone for place in places] == ["tiny", "other"]

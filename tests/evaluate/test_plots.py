@@ -10,6 +10,7 @@ from relish.cache.errors import MissingExtraError, RelishError
 from relish.evaluate import plots
 from relish.evaluate.plots import plot_depth, plot_scatter
 from relish.evaluate.summary import CellPredictions, summarise
+from relish.train.settings import HEADS
 
 ROWS = 60
 
@@ -145,3 +146,11 @@ def test_pyplot_is_never_used(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     plot_scatter(make(GRID), tmp_path / "scatter.png")
     assert plot_depth(make(GRID), tmp_path / "depth.png") is True
+
+
+def test_as_many_heads_as_there_are_have_lines_that_differ(tmp_path, drawn):
+    others = [head for head in HEADS if head != "relish"] + ["greedy-0shot", "rail-0shot", "rail-128shot"]
+    plot_depth(make([("relish", 1, 0), ("relish", 2, 0), *((head, 0, 0) for head in others)]), tmp_path / "depth.png")
+    lines = [line for line in drawn[0].axes[0].lines if line.get_label() in others]
+    styles = {(line.get_color(), line._unscaled_dash_pattern[1]) for line in lines}
+    assert len(lines) == len(styles) == len(others) == 10

@@ -159,7 +159,8 @@ def test_another_backbone_is_refused(run, new, tiny_model, tmp_path, run_cli):
     result = run_cli("predict", run, "--model", tiny_model("qwen3"), "--data", new, "--out", out)
     assert result.exit_code == 2
     assert (
-        "tiny-qwen3 is not the backbone that relish-L2-seed0 was trained on, tiny-llama: its weights" in result.stderr
+        "tiny-qwen3 is not the backbone that relish-L2-seed0 was trained on, tiny-llama: the hash of its weights files"
+        in result.stderr
     )
     assert not out.exists()
 

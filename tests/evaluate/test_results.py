@@ -184,3 +184,29 @@ def test_training_and_evaluating_never_import_transformers(cache, tmp_path):
         "assert 'transformers' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"train_rows": 7},
+            "relish-L2-seed1 was trained or validated on other rows than .*relish-L1-seed0, and one",
+        ),
+        ({"data": {"train": "x", "val_split": "dev", "val": "y"}}, "was trained or validated on other rows than"),
+        ({"settings": {"loss": "huber"}}, "with another loss than .*relish-L1-seed0 .huber and mse., and is no seed"),
+    ],
+)
+def test_runs_of_other_trainings_are_no_seeds_of_one_head(runs, tmp_path, change, message):
+    copy = shutil.copytree(runs, tmp_path / "runs")
+    config = json.loads((copy / "relish-L2-seed1" / "config.json").read_text(encoding="utf-8"))
+    config |= {**change, "settings": {**config["settings"], **change.get("settings", {})}}
+    (copy / "relish-L2-seed1" / "config.json").write_text(sealed_text(config), encoding="utf-8")
+    with pytest.raises(RunError, match=message):
+        evaluate_runs(copy)
+
+
+def test_results_name_the_files_of_the_llm(cache, runs):
+    identity = open_cache(cache).identity
+    files = f"weights {identity.weights[:12]}, config {identity.config[:12]}, tokenizer {identity.tokenizer[:12]}"
+    assert evaluate_runs(runs).meta["backbone files"] == files

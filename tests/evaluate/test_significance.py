@@ -8,7 +8,7 @@ from scipy import stats
 
 from relish.cache.errors import RelishError
 from relish.evaluate import significance
-from relish.evaluate.bootstrap import intervals
+from relish.evaluate.bootstrap import intervals, quantile_interval
 from relish.evaluate.significance import (
     bootstrap_p,
     differences,
@@ -130,7 +130,7 @@ def test_resamples_are_those_of_the_intervals(decimals):
     expected = intervals(target, ours, RANGE, resamples=300, seed=4)
     found = resampled_figures(target, ours, RANGE, draw_rows(7, 300, seed=4)).mean(axis=0)
     for name, values in zip(PAPER_METRICS, found, strict=True):
-        assert significance.quantile_interval(values) == pytest.approx(expected[name], abs=1e-9), name
+        assert quantile_interval(values) == pytest.approx(expected[name], abs=1e-9), name
 
 
 def test_p_values_by_hand():

@@ -91,8 +91,8 @@ def test_what_seeds_predict_together_is_scored_and_told_of_the_best():
     figures = score(results.target, results.predictions[3:].mean(axis=0), (0, 5))
     assert figures["nrmse"] < results.groups[2].metrics["nrmse"]["mean"]
     told = (
-        f"With seeds averaged the lowest NRMSE is that of relish, L = 2 (2 seeds): Pearson {figures['pearson']:.3f}, "
-        f"Spearman {figures['spearman']:.3f}, NRMSE {figures['nrmse']:.3f}."
+        "Averaged over seeds, the predictions of relish, L = 2 (2 seeds) have the lowest NRMSE: "
+        f"Pearson {figures['pearson']:.3f}, Spearman {figures['spearman']:.3f}, NRMSE {figures['nrmse']:.3f}."
     )
     assert told in to_markdown(results)
     assert f"% {told}" in to_latex(results)
@@ -140,8 +140,9 @@ def test_files(tmp_path):
 
     with (folder / "results.csv").open(newline="", encoding="utf-8") as file:
         cells = list(csv.DictReader(file))
-    assert list(cells[0]) == ["head", "depth", "seed", "parameters", "status", *METRICS]
+    assert list(cells[0]) == ["head", "depth", "seed", "parameters", "status", *METRICS, *EXTRAS]
     assert len(cells) == 5
+    assert (cells[0]["val_nrmse"], cells[0]["train_seconds"]) == ("", "")
     assert float(cells[4]["nrmse"]) == results.cells[4].metrics["nrmse"]
 
     with (folder / "predictions.csv").open(newline="", encoding="utf-8") as file:
@@ -181,7 +182,7 @@ def test_a_cell_that_failed_keeps_its_place_and_counts_in_no_group(tmp_path):
     assert entries[0]["pearson"] is None
     assert "status" not in entries[1]
     write_results(results, tmp_path)
-    assert (tmp_path / "results.csv").read_text("utf-8").splitlines()[1] == "mlp,0,0,100,diverged,,,,,,"
+    assert (tmp_path / "results.csv").read_text("utf-8").splitlines()[1] == "mlp,0,0,100,diverged" + 10 * ","
 
 
 def test_predictions_that_are_not_finite_make_a_failed_cell():
@@ -283,3 +284,36 @@ def test_wrong_input():
         summarise("test", (0, 5), ["a", "b"], [0, 1], [1.0, math.nan], [cell], {})
     with pytest.raises(RelishError, match="label range"):
         summarise("test", (5, 0), ["a", "b"], [0, 1], target, [cell], {})
+
+
+@pytest.mark.parametrize(("split", "said"), [("train", True), ("dev", True), ("devtest", False), ("test", False)])
+def test_figures_on_rows_that_heads_have_seen_are_said_to_flatter(split, said):
+    results = make(split=split, meta={"validation data": "dev, 9801"})
+    told = f"Beware: figures on the split {split} flatter the heads, which learned from its rows or were chosen by"
+    assert (told in to_markdown(results), told in " ".join(printed(results, width=400).split())) == (said, said)
+
+
+def test_a_seed_that_predicts_a_constant_is_named():
+    target = np.arange(ROWS) / 8
+    values = [target + 1, np.full(ROWS, 2.5)]
+    cells = [CellPredictions("relish", 3, seed, 10, line) for seed, line in enumerate(values)]
+    results = summarise("test", (0, 5), [str(i) for i in range(ROWS)], range(ROWS), target, cells, {})
+    told = "relish, L = 3, seed 1, predicts one score for all rows: no correlation exists, and no mean of them."
+    assert told in to_markdown(results)
+    assert "seed 0, predicts" not in to_markdown(results)
+
+
+def test_the_depth_that_validation_chooses_is_told():
+    target = np.arange(ROWS) / 8
+    noise = np.random.default_rng(0).normal(size=ROWS)
+
+    def told(*val_nrmse):
+        cells = [
+            CellPredictions("relish", depth, 0, 10, target + noise / depth, val_nrmse=value)
+            for depth, value in enumerate(val_nrmse, 1)
+        ]
+        results = summarise("test", (0, 5), [str(i) for i in range(ROWS)], range(ROWS), target, cells, {})
+        return re.findall("Of the depths .*?, [0-9.]*[0-9]", to_markdown(results))
+
+    assert told(0.3, 0.125, 0.2) == ["Of the depths L = 2 has the lowest validation NRMSE, 0.125"]
+    assert told(0.3) == told(0.3, None) == []

@@ -25,6 +25,12 @@ def test_a_backward_range_is_an_empty_grid():
         parse_range("5-1", "--depths")
 
 
+def test_a_range_without_end_is_refused_before_memory_is_full():
+    with pytest.raises(SettingsError, match="--seeds '0-99999999999' holds more than 10,000 numbers; shorten it"):
+        parse_range("0-99999999999", "--seeds")
+    assert len(parse_range("1-10000", "--seeds")) == 10_000
+
+
 def test_a_layer_is_an_index_or_mix():
     assert [parse_layer(text) for text in ("15", "mix", None)] == [15, "mix", None]
     with pytest.raises(SettingsError, match="--layer takes an index such as 15, or mix; not 'last'"):
@@ -47,6 +53,10 @@ def test_a_layer_is_an_index_or_mix():
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1, not 1.0"),
         ({"threads": 0}, "threads must be at least 1, not 0"),
         ({"workers": 0}, "workers must be at least 1, not 0"),
+        (
+            {"val_split": "train"},
+            "heads cannot be chosen by the rows that they learn from: leave out val_split 'tr",
+        ),
         ({"val_fraction": 0.0}, "early stopping needs validation rows"),
         ({"layer": "middle"}, "layer must be an index or 'mix', not 'middle'"),
         (

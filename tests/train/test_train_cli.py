@@ -117,6 +117,7 @@ def test_diverged_cells_are_named_and_the_code_is_2(tmp_path):
     result = relish("train", cache, "--out", tmp_path / "runs", "--head", "mlp", "--no-standardise", *FAST)
     assert result.exit_code == 2
     assert "error: mlp-L0-seed0 diverged: the loss was no longer finite by step 6. " in result.stderr
+    assert ("The other cells are there" in result.stderr, "next: relish evaluate" in result.stdout) == (False, False)
 
 
 def test_as_a_real_process(cache, tmp_path):

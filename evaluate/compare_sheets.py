@@ -72,7 +72,9 @@ def _macro(comparison: Comparison, number: int, *, paper: bool) -> Sheet:
         own = [[Figure(name), *(Figure(_times_100(v[m])) for m in PAPER_METRICS)] for name, v in PAPER.items()]
         groups.append(("The paper's own (its five data sets, four LLMs of 8–32B)", own))
     missing = [f"{label} (not on {', '.join(places)})" for label, places in macro.missing.items()]
-    over = count_places(comparison) if macro.backbone is None else count("data set", macro.places)
+    over = count("data set", macro.places)
+    if macro.backbone is None and len(comparison.backbones) > 1:
+        over = f"{macro.places} pairs of data set and LLM"
     of = ", of the mean prediction over a method's seeds" if comparison.average_seeds else ""
     caption = f"Figures × 100{of}, mean over {over} with equal weight."
     if missing:

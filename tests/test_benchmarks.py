@@ -91,8 +91,8 @@ def test_the_committed_tables_of_a_comparison_come_out_of_its_reports(name, tmp_
     kept = BENCHMARKS / "results" / name
     command = [sys.executable, BENCHMARKS / "comparison.py", tmp_path, "--kept", kept, "--tasks", ""]
     subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
-    for there, here in (("comparison.md", "comparison"), ("overview.md", "."), ("averaged.md", ".")):
-        texts = [path.read_text(encoding="utf-8") for path in (kept / there, tmp_path / here / there)]
+    for made in ("comparison/comparison.md", "overview.md", "averaged.md", "recipe.md"):
+        texts = [path.read_text(encoding="utf-8") for path in (kept / Path(made).name, tmp_path / made)]
         words, numbers = zip(*[(re.sub(DECIMAL, "#", text), re.findall(DECIMAL, text)) for text in texts], strict=True)
         assert words[0] == words[1], f"tables print otherwise now: make those of {kept} again by this command"
         # Another processor may round the last digit otherwise.

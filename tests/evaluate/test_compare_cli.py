@@ -185,6 +185,18 @@ def test_the_macro_average_is_in_hundredths_with_the_papers_own_below(comparison
     )
 
 
+def test_an_average_over_unequal_llms_says_that_it_is_of_pairs(tmp_path):
+    for task, model in (("stsb", "a"), ("stsb", "b"), ("sick", "a")):
+        write_report(tmp_path / f"{task}-{model}", grid(ridge=1.0, relish1=0.5), task=task, model=model)
+    found = compare_reports([parse_source(str(path)) for path in sorted(tmp_path.iterdir())], resamples=100)
+    captions = {sheet.title: sheet.caption for sheet in sheets(found) if sheet.title.startswith("Macro")}
+    assert captions == {
+        "Macro average": "Figures × 100, mean over 3 pairs of data set and LLM with equal weight.",
+        "Macro average, a": "Figures × 100, mean over 2 data sets with equal weight.",
+        "Macro average, b": "Figures × 100, mean over 1 data set with equal weight.",
+    }
+
+
 def test_the_best_rival_and_the_counts(comparison):
     (sheet,) = [sheet for sheet in sheets(comparison) if sheet.title == "RELISH against the best rival"]
     ((heading, lines),) = sheet.groups

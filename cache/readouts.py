@@ -12,7 +12,7 @@ from typing import Any
 
 from .errors import CacheError, DamagedCacheError
 from .fileio import write_text_durably, writing_cache
-from .identity import Identity, refuse_differences
+from .identity import Identity, name_differences, refuse_differences
 from .jsonfile import read_versioned, sealed_text
 from .manifest import Manifest, SplitRecord
 
@@ -321,8 +321,7 @@ def _refuse_others(path: Path, have: Readout, want: Readout) -> None:
         if have.settings.get(name) != want.settings.get(name)
     ]
     if different:
-        listed = "; ".join(f"{name} is {there!r} there and {here!r} here" for name, there, here in different)
-        raise CacheError(f"{path} was made with something else: {listed}; {advice}")
+        raise CacheError(f"{path} was made with something else: {name_differences(different)}; {advice}")
 
 
 def _good(part: Readout) -> Any:

@@ -82,6 +82,10 @@ class Backbone:
     def context(self) -> int | None:
         """Most tokens the backbone can read, None if it does not say."""
         positions = getattr(self._text_config, "max_position_embeddings", None)
+        rope = getattr(self._text_config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":
+            # Beyond it the longest row of a pass would change the positions of all its rows.
+            positions = rope.get("original_max_position_embeddings", positions)
         if positions is not None and self._text_config.model_type in _POSITIONS_AFTER_PADDING:
             positions -= self._text_config.pad_token_id + 1
         limits = [n for n in (positions, self.tokenizer.model_max_length) if n is not None and n < 10**9]

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..cache.errors import BackboneError
 from .backbone import Backbone
+from .batches import out_of_memory
 from .candidates import score_candidates
 from .tree import Seen, Tokens, last_tokens, plant, read_prefix, takes_trees, tree_logits
 
@@ -72,11 +73,23 @@ class Generator:
         return not takes_trees(self.model)
 
     def read_prefix(self, ids: np.ndarray) -> Seen:
-        """Read what all rows begin with, once, to the end; (n,) token ids, n may be 0."""
+        """Read what all rows begin with, once, to the end; (n,) token ids, n may be 0.
+
+        Raises:
+            BackboneError: if memory runs out.
+        """
         import torch
 
-        with torch.inference_mode():
-            seen = read_prefix(self.model, ids)
+        try:
+            with torch.inference_mode():
+                seen = read_prefix(self.model, ids)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise BackboneError(
+                f"out of memory on the {len(ids):,} tokens that all prompts begin with; use fewer --shots, a smaller "
+                "--compute-dtype, or a device with more memory"
+            ) from None
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)  # so that its time is not that of what comes next
         return seen

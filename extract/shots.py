@@ -59,6 +59,13 @@ def choose_examples(train: SplitData | None, count: int, label_range: tuple[floa
     return [Example(train.texts[row], format_score(float(train.targets[row]), label_range)) for row in drawn]
 
 
+def closing_tokens(backbone: Backbone) -> int:
+    """How many special tokens the tokenizer puts after a text, after which an LLM would begin another one."""
+    plain, whole = (backbone.encode(["a"], special_tokens=special)[0].tolist() for special in (False, True))
+    added = len(whole) - len(plain)
+    return added - next((n for n in range(added + 1) if whole[n : n + len(plain)] == plain), added)
+
+
 class Prompts:
     """How a row's filled prompt becomes what the LLM reads, with any number of examples before it.
 
@@ -70,6 +77,7 @@ class Prompts:
         self._backbone = backbone
         self._examples = list(examples)
         self._chat = chat_template
+        self._closing = 0 if chat_template else closing_tokens(backbone)
         self._thought, self._lead, self._chat_end = "", None, ""
         if chat_template:
             check_chat_template(backbone.tokenizer, backbone.files.name)
@@ -115,8 +123,9 @@ class Prompts:
         return [answer_ids(self._backbone.tokenizer, before, answer, **border) for answer in written]
 
     def tokens(self, rows: Sequence[str], shots: int) -> list[np.ndarray]:
-        """Token ids of each prompt, int32, special tokens included."""
-        return self._backbone.encode([self.text(row, shots) for row in rows], special_tokens=not self._chat)
+        """Token ids of each prompt, int32, with the special tokens that begin a text and without those that end one."""
+        encoded = self._backbone.encode([self.text(row, shots) for row in rows], special_tokens=not self._chat)
+        return [tokens[: len(tokens) - self._closing] for tokens in encoded]
 
     def fitting(self, split: str, rows: Sequence[str], limit: int, shots: int) -> int:
         """The largest number of examples with which every row, and an answer to it, fits the context.
@@ -135,8 +144,8 @@ class Prompts:
         longest = int(np.argmax(lengths))
         if lengths[longest] > room:
             raise DataError(
-                f"row {longest} of {split} has {lengths[longest]} tokens, and with {NEW_TOKENS} for the answer the "
-                f"context is {limit}; leave --readouts out, or take an LLM of a longer context"
+                f"row {longest} of {split} has {lengths[longest]} tokens, which with {NEW_TOKENS} for the answer do "
+                f"not fit the context of {limit}; leave --readouts out, or take an LLM of a longer context"
             )
 
         def length(examples: int) -> int:

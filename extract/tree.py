@@ -192,7 +192,8 @@ def tree_states(model: Any, tokens: Tokens, keep: Sequence[int]) -> "torch.Tenso
 def takes_trees(model: Any) -> bool:
     """Whether a model gives for a tree what it gives for each path alone; tried once on a few tokens.
 
-    Recurrent layers, and positions that are not told through `position_ids`, do not.
+    Recurrent layers, positions that are not told through `position_ids`, and GPT-Neo's windows, which count places in
+    the pass, do not.
 
     Raises:
         BackboneError: if these few do not fit the memory.
@@ -200,7 +201,8 @@ def takes_trees(model: Any) -> bool:
     if model not in _tested:
         config = model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ())
-        _tested[model] = kinds <= {"full_attention", "sliding_attention"} and _same_as_alone(model)
+        windows = bool(getattr(config, "attention_types", None))  # GPT-Neo's, too wide for the few tokens of a try
+        _tested[model] = kinds <= {"full_attention", "sliding_attention"} and not windows and _same_as_alone(model)
     return _tested[model]
 
 

@@ -233,6 +233,8 @@ def _take_step(
 
 
 def _diverged(step: int) -> AdapterError:
+    if step == 0:
+        return AdapterError("the first loss is not finite, before any step; tune with --compute-dtype float32")
     return AdapterError(f"the loss was no longer finite after step {step}; tune into another folder with a lower --lr")
 
 

@@ -120,6 +120,10 @@ def test_finished_parts_are_kept_and_damaged_ones_asked_for_again(folder):
         ({"settings": {"examples": "abc", "new_tokens": 9}}, "new_tokens is 16 there and 9 here"),
         ({"settings": {"examples": "x", "new_tokens": 16}}, "examples is 'abc' there and 'x' here"),
         ({"settings": {"new_tokens": 16}}, "examples is 'abc' there and None here"),
+        (
+            {"settings": {"examples": list(range(1000)), "new_tokens": 16}},
+            r"examples is 'abc' there and \[0, 1, 2[ ,0-9]{40,60}….{20} here",
+        ),
     ],
 )
 def test_parts_of_other_settings_are_refused_with_both_values(folder, changes, said):

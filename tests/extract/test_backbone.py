@@ -235,6 +235,15 @@ def test_the_context_is_the_smaller_of_the_models_and_the_tokenizers(tiny_model)
         assert backbone.context == context
 
 
+def test_the_context_ends_where_longer_rows_would_change_the_positions_of_others(tiny_model, monkeypatch):
+    backbone = make(tiny_model("llama"))
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 40}
+    monkeypatch.setattr(backbone._text_config, "rope_parameters", rope)
+    assert backbone.context == 40
+    monkeypatch.setattr(backbone._text_config, "rope_parameters", rope | {"rope_type": "default"})
+    assert backbone.context == 128
+
+
 def test_a_backbone_that_does_not_say_its_context(tiny_model):
     backbone = make(tiny_model("llama"))
     backbone.tokenizer.model_max_length = 10**30

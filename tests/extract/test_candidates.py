@@ -252,12 +252,14 @@ def test_an_architecture_that_cannot_take_trees_is_scored_one_by_one(tiny_model,
 
 
 def test_what_a_model_cannot_take_is_found_out_and_its_mode_is_put_back():
-    from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, MambaConfig
+    from transformers import AutoModelForCausalLM, BloomConfig, GPTNeoConfig, LlamaConfig, MambaConfig
 
     size = {"vocab_size": 64, "hidden_size": 16}
     configs = [
         BloomConfig(**size, n_layer=2, n_head=2),  # alibi: no position_ids
         MambaConfig(**size, num_hidden_layers=2, state_size=4),  # recurrent
+        # A window that counts places in the pass, and is wider than what is tried.
+        GPTNeoConfig(**size, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]], window_size=32),
         LlamaConfig(**size, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2),
     ]
     found = []
@@ -267,7 +269,7 @@ def test_what_a_model_cannot_take_is_found_out_and_its_mode_is_put_back():
         found.append(takes_trees(model))
         assert model.training
         assert not model.get_input_embeddings().training
-    assert found == [False, False, True]
+    assert found == [False, False, False, True]
 
 
 @pytest.mark.parametrize("kind", ["mistral", "phi3"])

@@ -251,3 +251,14 @@ def test_an_empty_beginning_costs_no_pass(tiny_model):
     finally:
         handle.remove()
     assert calls == []
+
+
+def test_a_beginning_that_does_not_fit_the_memory_is_told(tiny_model, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(generator, "read_prefix", fail)
+    with pytest.raises(
+        BackboneError, match="^out of memory on the 7 tokens that all prompts begin with; use fewer --shots"
+    ):
+        make(tiny_model("llama"))[0].read_prefix(np.arange(7))

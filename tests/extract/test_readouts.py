@@ -244,7 +244,7 @@ def test_rows_that_were_cut_or_leave_no_room_are_refused(settings, tmp_path):
         extract_cache(tmp_path / "c", settings(readouts=("greedy",), max_length=12, truncate=True))
     assert not (tmp_path / "c").exists()  # refused before the work
     rows = {"test": [{"text": "x" * 112, "score": 1}]}
-    with pytest.raises(DataError, match=f"row 0 of test has 1.. tokens, and with {NEW_TOKENS} for the answer"):
+    with pytest.raises(DataError, match=f"row 0 of test has 1.. tokens, which with {NEW_TOKENS} for the answer do not"):
         extract_cache(tmp_path / "d", settings(data=rows, readouts=("greedy",)))
     assert not (tmp_path / "d").exists()
 

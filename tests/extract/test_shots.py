@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from relish.cache.errors import BackboneError, DataError
 from relish.extract.backbone import Backbone
@@ -113,7 +114,7 @@ def test_rows_that_leave_no_room_are_refused(backbone):
     assert prompts.fitting("test", ["x", row], length + NEW_TOKENS, 0) == 0
     with pytest.raises(
         DataError,
-        match=f"row 1 of test has {length} tokens, and with {NEW_TOKENS} for the answer the context is {length}; leave",
+        match=f"row 1 of test has {length} tokens, which with {NEW_TOKENS} for the answer do not fit the context of",
     ):
         prompts.fitting("test", ["x", row], length, 0)
     with pytest.raises(DataError, match="not one example fits the context of 60 tokens beside the longest row of test"):
@@ -141,3 +142,15 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tiny_model):
     backbone = Backbone(files, layers=(), compute_dtype="float32", device="cpu", trust_remote_code=False)
     with pytest.raises(BackboneError, match="the tokenizer of tiny-gpt2 has no chat template"):
         Prompts(backbone, [], chat_template=True)
+
+
+def test_a_tokenizer_that_ends_every_text_does_not_end_a_prompt(backbone):
+    prompts = Prompts(backbone, EXAMPLES, chat_template=False)
+    plain = backbone.encode([prompts.text("a film\nScore:", 2)], special_tokens=False)[0].tolist()
+    bos, eos = (getattr(backbone.tokenizer, f"{name}_token_id") for name in ("bos", "eos"))
+    for template, begin in (("<s> $A </s>", [bos]), ("$A </s>", []), ("<s> $A", [bos]), ("$A", [])):
+        backbone.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=template, special_tokens=[("<s>", bos), ("</s>", eos)]
+        )
+        prompts = Prompts(backbone, EXAMPLES, chat_template=False)
+        assert prompts.tokens(["a film\nScore:"], 2)[0].tolist() == [*begin, *plain]

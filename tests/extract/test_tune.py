@@ -354,9 +354,9 @@ def test_a_loss_or_a_prediction_that_is_not_finite_ends_it(tune_settings, tmp_pa
     monkeypatch.setattr(RegressionHead, "forward", forward)
     with pytest.raises(AdapterError) as caught:
         tune_adapter(tmp_path / "a", tune_settings())
-    assert str(caught.value) == (
-        f"the loss was no longer finite after step {step}; tune into another folder with a lower --lr"
-    )
+    later = f"the loss was no longer finite after step {step}; tune into another folder with a lower --lr"
+    first = "the first loss is not finite, before any step; tune with --compute-dtype float32"
+    assert str(caught.value) == (later if step else first)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 # A minus belongs to the number unless it joins it to what stands before, as in "GPT-4" and "3-4".
-_NUMBER = re.compile(r"(?:(?<![\w.,)])[-\u2212])?(?:\d+(?:[.,]\d+)?|(?<![\w.,])\.\d+)")
+_NUMBER = re.compile(r"(?:(?<![\w.,)])[-\u2212\u2013])?(?:\d+(?:[.,]\d+)?|(?<![\w.,])\.\d+)")
+_MINUS = str.maketrans({"\u2212": "-", "\u2013": "-", ",": "."})
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 
 def parse_score(text: str) -> float | None:
@@ -18,7 +20,7 @@ def parse_score(text: str) -> float | None:
     exponents are not read ("1e3" is 1).
     """
     found = _NUMBER.search(text)
-    return None if found is None else float(found[0].replace(",", ".").replace("\u2212", "-"))
+    return None if found is None else float(found[0].translate(_MINUS))
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +36,9 @@ class ParsedAnswers:
 
 
 def parse_answers(answers: Sequence[Sequence[str]], label_range: tuple[float, float]) -> ParsedAnswers:
-    """Read S answers to each of N rows."""
+    """Read S answers to each of N rows; where labels reach 1,000, "1,250" is no decimal fraction."""
+    if max(map(abs, label_range)) >= 1000:
+        answers = [[_THOUSANDS.sub("", text) for text in of_row] for of_row in answers]
     parsed = [[parse_score(text) for text in of_row] for of_row in answers]
     values = np.array([[np.nan if value is None else value for value in of_row] for of_row in parsed], dtype=np.float64)
     inside = np.clip(values, *label_range)

@@ -24,6 +24,8 @@ from relish.evaluate.answers import parse_answers, parse_score
         ("-.5", -0.5),
         ("-2", -2),
         ("\u22122.5", -2.5),
+        ("\u20133", -3),
+        ("3\u20134", 3),
         ("Score:-2", -2),
         ("(-2)", -2),
         ("3-4", 3),
@@ -45,6 +47,12 @@ from relish.evaluate.answers import parse_answers, parse_score
 )
 def test_the_first_number_of_a_text(text, expected):
     assert parse_score(text) == expected
+
+
+def test_a_comma_may_part_thousands_where_labels_reach_them():
+    answers = [["1,250 points", "12,5", "1,250,000", "1,2345", "-1,000"]]
+    assert parse_answers(answers, (-2000, 2_000_000)).values.tolist() == [[1250, 12.5, 1_250_000, 1.2345, -1000]]
+    assert parse_answers([["1,250"]], (0, 100)).values.tolist() == [[1.25]]
 
 
 @given(st.text())

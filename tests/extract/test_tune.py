@@ -55,9 +55,11 @@ def test_what_is_kept_is_the_best_epoch_and_not_the_last(tune_settings, tmp_path
     summary = tune_adapter(tmp_path / "a", tune_settings(epochs=3))
     assert (summary.best_epoch, len(saved)) == (1, 1)
     written = load_file(tmp_path / "a" / FILES[1])
+    head = load_file(tmp_path / "a" / "head.safetensors")
     for name, value in saved[0].items():
-        if not name.startswith("head."):
-            assert torch.equal(written[name.replace(".default", "")], value)
+        there = head[name.removeprefix("head.")] if name.startswith("head.") else written[name.replace(".default", "")]
+        assert torch.equal(there, value)
+    assert any(name.startswith("head.") for name in saved[0])
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3", "gpt2"])

@@ -113,9 +113,10 @@ def test_a_diverged_cell_is_named_kept_in_mind_and_tried_again_when_asked(diverg
     assert "mlp-L0-seed0: diverged" in first.stderr
     assert (
         "error: mlp-L0-seed0, linear-L0-seed0 diverged: the loss was no longer finite by step 6. Against a loss that "
-        "is not finite, try a lower --lr. The other cells are there. To try a cell again with the same settings, "
-        f"delete its file {runs / 'CELL.diverged.json'}\n"
+        "is not finite, try a lower --lr. To try a cell again with the same settings, delete its file "
+        f"{runs / 'CELL.diverged.json'}\n"
     ) in first.stderr
+    assert "next: relish evaluate" not in first.stdout
     mark = runs / "mlp-L0-seed0.diverged.json"
     assert names(runs) == ["linear-L0-seed0.diverged.json", mark.name]
     assert json.loads(mark.read_text())["reason"] == "the loss was no longer finite by step 6"

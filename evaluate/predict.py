@@ -164,10 +164,11 @@ def predict_scores(
                 passes = run_in_batches(sizes, budget, partial(forward, longest_first), tokens=lengths)
                 for batch, values in passes:
                     scores[[order[i] for i in batch]] = values
-                for row, head in np.argwhere(~np.isfinite(scores))[:1].tolist():
+                if not np.isfinite(scores).all():
+                    bad, which = np.argwhere(~np.isfinite(scores))[0].tolist()
                     raise DataError(
-                        f"the score of row {done + row} of {data.name} is not finite with {runs[head].path.name}; take "
-                        "the row out"
+                        f"the score of row {done + bad} of {data.name} is not finite with {runs[which].path.name}; "
+                        "take the row out"
                     )
                 for row, value in zip(rows, scores.mean(axis=1).tolist(), strict=True):
                     writer.writerow([*(row.get(name, "") for name in names), repr(value)])

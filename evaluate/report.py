@@ -22,7 +22,7 @@ from .tables import (
     format_estimate,
     format_number,
     heading,
-    warnings,
+    warning_notes,
 )
 
 _WORST = 15
@@ -69,7 +69,7 @@ def write_report(results: Results, folder: Path) -> Path:
         headline=headline(results),
         comparison=comparison(results),
         best_means=best_means(results),
-        notes=warnings(results),
+        notes=warning_notes(results),
         table_notes=[*choice_notes(results), *average_notes(results), *answer_notes(results)],
         metrics=METRICS,
         names=METRIC_NAMES,

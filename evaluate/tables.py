@@ -54,7 +54,7 @@ def answer_notes(results: Results) -> list[str]:
     return [*filter(None, notes), *results.left_out]
 
 
-def warnings(results: Results) -> list[str]:
+def warning_notes(results: Results) -> list[str]:
     """What makes figures mislead: rows that heads have seen, cells that do not count, seeds without a correlation."""
     seen = flattering(results.split, str(results.meta.get(VALIDATED_ON, "")))
     constant = [
@@ -87,7 +87,7 @@ def average_notes(results: Results) -> list[str]:
 
 def notes(results: Results) -> list[str]:
     """All sentences below a table, after its caption."""
-    return [*warnings(results), *choice_notes(results), *average_notes(results), *answer_notes(results)]
+    return [*warning_notes(results), *choice_notes(results), *average_notes(results), *answer_notes(results)]
 
 
 def caption(results: Results) -> str:

@@ -55,7 +55,7 @@ def test_a_layer_is_an_index_or_mix():
         ({"workers": 0}, "workers must be at least 1, not 0"),
         (
             {"val_split": "train"},
-            "heads cannot be chosen by the rows that they learn from: leave out val_split 'tr",
+            "heads cannot be chosen by the rows that they learn from: leave out val_split 'train'; some of the",
         ),
         ({"val_fraction": 0.0}, "early stopping needs validation rows"),
         ({"layer": "middle"}, "layer must be an index or 'mix', not 'middle'"),

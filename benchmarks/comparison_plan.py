@@ -29,7 +29,7 @@ class Plan:
     """On each single layer; and where Huber is compared with squared error, at the middle one."""
     tuned_depths: str = "1,3,5"
     seeds: str = "0-2"
-    rates: tuple[str, ...] = ("3e-4", "1e-3")
+    rates: tuple[str, ...] = ("3e-4", "1e-3", "2e-3")
     """Learning rates that each method of tuning has to choose from on each data set, by its validation rows. Heads have
     one rate and weight decay for all, found by one search for each (recipe-log.md)."""
     tune: tuple[str, ...] = ()

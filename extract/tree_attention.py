@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-_WORTH = 4
-"""How many times as many pairs of tokens a dense mask must have: plain products are slower for each."""
+_WORTH = 1.5
+"""How many times as many pairs of tokens a dense mask must have: laying them out by rows takes time too."""
 _ALIKE = 0.7
 """Rows are padded to a longest one of which they have at least this share."""
 

@@ -178,7 +178,7 @@ def _train(training: Training, cell: CellName, listener: Listener | None) -> dic
                 on_epoch=lambda record: listener.epoch(cell, record) if listener is not None else None,
                 on_step=lambda done: listener.step(cell, done) if listener is not None else None,
             )
-            extra = {"best_epoch": best_epoch(history), "epochs": len(history)}
+            extra = {"best_epoch": best_epoch(history, settings.best_by), "epochs": len(history)}
             if isinstance(head, MixedHead):
                 extra["layer_mix"] = dict(
                     zip(map(str, training.train.split.layers), head.shares().tolist(), strict=True)

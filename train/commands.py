@@ -37,9 +37,11 @@ def train(
     warmup: Annotated[
         float, typer.Option(help="Share of the steps in which the learning rate rises.")
     ] = TrainSettings.warmup,
+    best_by: Annotated[
+        str, typer.Option(help="Validation figure that chooses the epoch: nrmse or pearson.")
+    ] = TrainSettings.best_by,
     patience: Annotated[
-        int | None,
-        typer.Option(help="Epochs without a better validation NRMSE before a cell stops; default 3/5 of all."),
+        int | None, typer.Option(help="Epochs without a better one before a cell stops; default 3/5 of all.")
     ] = None,
     standardise: Annotated[
         bool, typer.Option("--standardise/--no-standardise", help="Scale the hidden states per dimension.")
@@ -94,6 +96,7 @@ def train(
         weight_decay=weight_decay,
         dropout=dropout,
         warmup=warmup,
+        best_by=best_by,
         patience=patience,
         standardise=standardise,
         latent_size=latent_size,

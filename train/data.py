@@ -97,7 +97,7 @@ def training_rows(cache: FeatureCache, settings: TrainSettings) -> tuple[Rows, R
 
     Raises:
         CacheError: if a split is missing or unfinished.
-        DataError: if there are too few rows, or rows without a label.
+        DataError: if there are too few rows, or rows without a label, or nothing to tell the best epoch by.
     """
     train = open_split(cache, "train", settings.layer)
     names = [settings.val_split] if settings.val_split is not None else list(VALIDATION_NAMES)
@@ -125,6 +125,11 @@ def training_rows(cache: FeatureCache, settings: TrainSettings) -> tuple[Rows, R
         raise DataError(
             f"{len(chosen[0])} training rows of the cache {cache.folder}{held}; at least 2 are needed: extract more "
             "rows"
+        )
+    if settings.best_by == "pearson" and np.ptp(chosen[1].target) == 0:
+        raise DataError(
+            f"no epoch is best by Pearson: the labels of the {len(chosen[1])} validation rows of the cache "
+            f"{cache.folder} are all the same. Leave best_by at nrmse, or extract more validation rows"
         )
     return chosen
 

@@ -36,6 +36,7 @@ class EpochRecord:
     """Mean training loss, on standardised targets."""
     val_nrmse: float
     val_pearson: float
+    """NaN where predictions are constant."""
     seconds: float
     """Of training and validation."""
 
@@ -61,7 +62,7 @@ def train_head(
 
     AdamW; learning rate up in a straight line, then down along a cosine; gradients clipped at norm 1; Huber (δ = 1) or
     squared error on standardised targets. What predicts is the average of the weights over the latest steps. Stops
-    early once the validation NRMSE has not improved for `patience` epochs.
+    early once the validation figure that `best_by` names has not improved for `patience` epochs.
 
     Args:
         head: with its scales set; on `device`.
@@ -94,8 +95,7 @@ def train_head(
     step = RecordedSteps(head, optimizer, loss_of) if on_cuda else partial(take_step, head, optimizer, loss_of)
     average = AveragedWeights(head, power=recipe.averaging_power)
     history: list[EpochRecord] = []
-    best, best_state = math.inf, copy.deepcopy(head.state_dict())
-    done = 0
+    done, best_state = 0, head.state_dict()
     for epoch in range(1, recipe.epochs + 1):
         started = time.perf_counter()
         head.train()
@@ -116,18 +116,26 @@ def train_head(
         seconds = time.perf_counter() - started
         history.append(EpochRecord(epoch, mean_loss, figures["nrmse"], figures["pearson"], seconds))
         on_epoch(history[-1])
-        if figures["nrmse"] < best:
-            best, best_state = figures["nrmse"], copy.deepcopy(average.head.state_dict())
-        elif epoch - best_epoch(history) >= recipe.patience:
+        best = best_epoch(history, settings.best_by)
+        if best == epoch:
+            best_state = copy.deepcopy(average.head.state_dict())
+        elif epoch - best >= recipe.patience:
             break
     head.load_state_dict(best_state)
     head.eval()
     return history
 
 
-def best_epoch(history: list[EpochRecord]) -> int:
-    """The first epoch with the lowest validation NRMSE."""
-    return min(history, key=lambda record: record.val_nrmse).epoch
+def best_epoch(history: list[EpochRecord], by: str) -> int:
+    """The first epoch with the lowest validation NRMSE, or the highest Pearson, below which constant predictions are.
+
+    Args:
+        history: one epoch at least.
+        by: of BEST_BY.
+    """
+    if by == "nrmse":
+        return min(history, key=lambda record: record.val_nrmse).epoch
+    return max(history, key=lambda record: -math.inf if math.isnan(record.val_pearson) else record.val_pearson).epoch
 
 
 @torch.inference_mode()

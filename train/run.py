@@ -152,7 +152,7 @@ def load_run(path: str | Path) -> Run:
             cache=Path(config["cache"]),
             identity=Identity.from_json(config["identity"]),
             task=config["task"],
-            settings=dict(config["settings"]),
+            settings={"best_by": "nrmse", **config["settings"]},  # runs from before it have none
             train_rows=config["train_rows"],
             data=dict(config["data"]),
             weights_sha256=str(config["weights_sha256"]),

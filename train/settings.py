@@ -21,6 +21,7 @@ HEADS = {
 
 CLOSED_FORM = ("ridge", "ridge-mean")
 LOSSES = ("huber", "mse")
+BEST_BY = ("nrmse", "pearson")
 LEARNING_RATES = {
     "relish": 3e-4,
     "linear": 1e-3,
@@ -79,9 +80,11 @@ class TrainSettings:
     """On the attention's, the FFN's and the MLP's output."""
     warmup: float = 0.05
     """Share of all steps in which the learning rate rises; then it falls to 0 along a cosine."""
+    best_by: str = "nrmse"
+    """Validation figure that chooses the epoch whose weights are kept: the lowest nrmse or the highest pearson. Where
+    the validation labels lie elsewhere than the training labels, NRMSE prefers weights that have learned little."""
     patience: int | None = None
-    """Epochs without a better validation NRMSE before a cell stops; the best epoch's weights are kept. None for three
-    fifths of the epochs."""
+    """Epochs without a better one before a cell stops. None for three fifths of the epochs."""
     standardise: bool = True
     """Scale each dimension of the hidden states to mean 0 and deviation 1 over a sample of the training tokens."""
 
@@ -127,6 +130,8 @@ class TrainSettings:
             )
         if self.loss not in LOSSES:
             raise SettingsError(f"loss must be one of {', '.join(LOSSES)}, not {self.loss!r}")
+        if self.best_by not in BEST_BY:
+            raise SettingsError(f"best_by must be one of {', '.join(BEST_BY)}, not {self.best_by!r}")
         for name in ("epochs", "batch_size", "patience", "latent_size", "num_heads"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -232,6 +232,17 @@ def test_too_few_rows_are_refused(tmp_path, sizes, left):
     assert not (tmp_path / "r").exists()
 
 
+def test_pearson_chooses_no_epoch_where_validation_labels_are_all_the_same(tmp_path):
+    cache = write_cache(tmp_path / "c", sizes={"train": 8, "dev": 1})
+    with pytest.raises(DataError) as caught:
+        train_heads(cache, tmp_path / "r", TrainSettings(**SMALL, best_by="pearson"))
+    assert str(caught.value) == (
+        f"no epoch is best by Pearson: the labels of the 1 validation rows of the cache {cache} are all the same. "
+        "Leave best_by at nrmse, or extract more validation rows"
+    )
+    assert not (tmp_path / "r").exists()
+
+
 @pytest.mark.parametrize("head", ["relish", "mlp", "ridge"])
 @pytest.mark.parametrize("sizes", [{"train": 3}, {"train": 5, "dev": 1, "test": 1}])
 def test_a_training_split_smaller_than_a_batch_and_single_rows_are_enough(tmp_path, run_cli, head, sizes):

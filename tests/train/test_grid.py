@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from relish.cache.errors import RunError
+from relish.cache.jsonfile import sealed_text
 from relish.cache.reader import open_cache
 from relish.train.data import Rows
 from relish.train.grid import grid_cells, train_heads
-from relish.train.loop import predict_rows
+from relish.train.loop import EpochRecord, best_epoch, predict_rows
 from relish.train.run import load_head, load_run
 from relish.train.settings import HEADS, TrainSettings
 
@@ -75,15 +76,36 @@ def test_every_head_learns_and_predicts_after_loading_what_it_predicted_before(c
     assert load_run(run).head.name == head
 
 
-def test_the_best_epochs_weights_are_kept_and_training_stops_early(cache, tmp_path):
-    settings = TrainSettings(depths=(2,), **{**SMALL, "epochs": 60, "lr": 3e-3, "patience": 2})
+@pytest.mark.parametrize(("best_by", "sign"), [("nrmse", 1), ("pearson", -1)])
+def test_the_best_epochs_weights_are_kept_and_training_stops_early(cache, tmp_path, best_by, sign):
+    settings = TrainSettings(depths=(2,), **{**SMALL, "epochs": 60, "lr": 3e-3, "patience": 2, "best_by": best_by})
     result = train_heads(cache, tmp_path / "r", settings)
     (metrics,) = result.cells.values()
     history = [json.loads(line) for line in (tmp_path / "r/relish-L2-seed0/history.jsonl").read_text().splitlines()]
-    best = min(history, key=lambda record: record["val_nrmse"])
+    best = min(history, key=lambda record: sign * record[f"val_{best_by}"])
     assert metrics["best_epoch"] == best["epoch"]
-    assert metrics["val"]["nrmse"] == pytest.approx(best["val_nrmse"], abs=1e-12)
+    assert metrics["val"][best_by] == pytest.approx(best[f"val_{best_by}"], abs=1e-12)
     assert len(history) == best["epoch"] + 2 < 60
+
+
+def test_constant_predictions_are_no_epochs_best_by_pearson():
+    history = [EpochRecord(epoch, 1.0, 0.3, r, 0.0) for epoch, r in enumerate((math.nan, -0.2, 0.1, 0.1), 1)]
+    assert best_epoch(history, "pearson") == 3
+    assert best_epoch(history[:2], "pearson") == 2
+    assert best_epoch(history[:1], "pearson") == 1
+
+
+def test_runs_from_before_the_choice_of_best_by_go_on(cache, tmp_path):
+    settings = TrainSettings(depths=(1,), **SMALL)
+    train_heads(cache, tmp_path / "r", settings)
+    path = tmp_path / "r/relish-L1-seed0/config.json"
+    config = json.loads(path.read_text())
+    del config["settings"]["best_by"]
+    del config["sha256"]
+    path.write_text(sealed_text(config))
+    assert len(train_heads(cache, tmp_path / "r", replace(settings, seeds=(0, 1))).cells) == 2
+    with pytest.raises(RunError, match="relish-L1-seed0 has best_by 'nrmse', this one 'pearson'"):
+        train_heads(cache, tmp_path / "r", replace(settings, best_by="pearson"))
 
 
 def test_on_few_rows_the_default_is_more_epochs_and_runs_say_how_many(cache, tmp_path):

@@ -48,6 +48,7 @@ def test_a_layer_is_an_index_or_mix():
         ({"seeds": (1, 1)}, "seeds names a value twice: 1, 1"),
         ({"depths": (0,)}, "a depth is at least 1, not 0"),
         ({"loss": "mae"}, "loss must be one of huber, mse, not 'mae'"),
+        ({"best_by": "loss"}, "best_by must be one of nrmse, pearson, not 'loss'"),
         ({"lr": 0.0}, "lr must be a number above 0, not 0.0"),
         ({"epochs": 0}, "epochs must be at least 1, not 0"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1, not 1.0"),

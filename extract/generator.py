@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .regression import RegressionHead
 
 NEW_TOKENS = 16
-"""Tokens of a decoded answer at most; it ends at a new line or where the LLM ends it."""
+"""Tokens of a decoded answer at most; it ends at a new line, or at a special token such as the one that ends a text."""
 _SAMPLED = 1 << 24  # probabilities that are summed up at once
 
 
@@ -65,6 +65,7 @@ class Generator:
         stop = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         stops = stop if isinstance(stop, list) else [stop]
         self._stops = {token for token in (*stops, self._tokenizer.eos_token_id) if token is not None}
+        self._special = frozenset(self._tokenizer.all_special_ids)
         self._breaks: dict[int, bool] = {}
 
     @property
@@ -220,7 +221,7 @@ class Generator:
 
     def _ended(self, tokens: list[int]) -> bool:
         last = tokens[-1]
-        if last in self._stops:
+        if last in self._stops or (last in self._special and not self._special.issuperset(tokens)):
             return True
         if last not in self._breaks:
             self._breaks[last] = "\n" in self._tokenizer.decode([last])

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .regression import RegressionHead
 
 NEW_TOKENS = 16
-"""Tokens of a decoded answer at most; it ends at a new line, or at a special token such as the one that ends a text."""
+"""Tokens of a decoded answer at most; it ends at a new line, or at a special token behind its first text."""
 _SAMPLED = 1 << 24  # probabilities that are summed up at once
 
 
@@ -221,7 +221,7 @@ class Generator:
 
     def _ended(self, tokens: list[int]) -> bool:
         last = tokens[-1]
-        if last in self._stops or (last in self._special and not self._special.issuperset(tokens)):
+        if last in self._stops or (last in self._special and self._whole(tokens).strip()):
             return True
         if last not in self._breaks:
             self._breaks[last] = "\n" in self._tokenizer.decode([last])

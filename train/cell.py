@@ -112,7 +112,7 @@ def open_training(cache: str | Path, out: Path, settings: TrainSettings) -> Trai
 
     Raises:
         CacheError: if the cache cannot be used.
-        DataError: if rows have no label.
+        DataError: if rows have no label, or nothing tells the best epoch.
         SettingsError: if the device is not there.
     """
     opened = open_cache(cache)
@@ -178,7 +178,7 @@ def _train(training: Training, cell: CellName, listener: Listener | None) -> dic
                 on_epoch=lambda record: listener.epoch(cell, record) if listener is not None else None,
                 on_step=lambda done: listener.step(cell, done) if listener is not None else None,
             )
-            extra = {"best_epoch": best_epoch(history, settings.best_by), "epochs": len(history)}
+            extra = {"best_epoch": best_epoch(history, recipe.best_by), "epochs": len(history)}
             if isinstance(head, MixedHead):
                 extra["layer_mix"] = dict(
                     zip(map(str, training.train.split.layers), head.shares().tolist(), strict=True)

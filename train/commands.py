@@ -41,7 +41,8 @@ def train(
         str, typer.Option(help="Validation figure that chooses the epoch: nrmse or pearson.")
     ] = TrainSettings.best_by,
     patience: Annotated[
-        int | None, typer.Option(help="Epochs without a better one before a cell stops; default 3/5 of all.")
+        int | None,
+        typer.Option(help="Epochs without a better --best-by figure till a cell stops; default 3/5 of all."),
     ] = None,
     standardise: Annotated[
         bool, typer.Option("--standardise/--no-standardise", help="Scale the hidden states per dimension.")

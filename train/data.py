@@ -13,7 +13,7 @@ from ..cache.errors import DataError
 from ..cache.manifest import VALIDATION_NAMES
 from ..cache.reader import FeatureCache, Split
 from .pooled import pool
-from .settings import MIX, Layer, TrainSettings
+from .settings import CLOSED_FORM, MIX, Layer, TrainSettings
 from .shared import own_tokens
 
 _AHEAD = 3  # batches read ahead
@@ -126,7 +126,8 @@ def training_rows(cache: FeatureCache, settings: TrainSettings) -> tuple[Rows, R
             f"{len(chosen[0])} training rows of the cache {cache.folder}{held}; at least 2 are needed: extract more "
             "rows"
         )
-    if settings.best_by == "pearson" and np.ptp(chosen[1].target) == 0:
+    learnt = any(head not in CLOSED_FORM for head in settings.heads)
+    if learnt and settings.best_by == "pearson" and np.ptp(chosen[1].target) == 0:
         raise DataError(
             f"no epoch is best by Pearson: the labels of the {len(chosen[1])} validation rows of the cache "
             f"{cache.folder} are all the same. Leave best_by at nrmse, or extract more validation rows"

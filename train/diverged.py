@@ -8,6 +8,7 @@ from typing import Any
 from ..cache.errors import RunError
 from ..cache.fileio import write_text_durably
 from ..cache.jsonfile import read_versioned, sealed_text
+from .settings import with_later_settings
 
 FORMAT = "relish diverged cell"
 VERSION = 1
@@ -61,5 +62,6 @@ def find_diverged(runs: Path) -> list[DivergedCell]:
             mend="delete it, and that cell will be trained again",
         )
         del value["format"], value["version"]
+        value["training"]["settings"] = with_later_settings(value["training"]["settings"])
         found.append(DivergedCell(path, **value))
     return found

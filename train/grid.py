@@ -55,7 +55,7 @@ def train_heads(
 
     Raises:
         CacheError: if the cache cannot be used.
-        DataError: if rows have no label.
+        DataError: if rows have no label, or nothing tells the best epoch.
         RunError: if `out` holds runs of another cache or another recipe, or a process that trained a cell was killed.
         SettingsError: if the device is not there.
     """

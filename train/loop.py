@@ -116,7 +116,7 @@ def train_head(
         seconds = time.perf_counter() - started
         history.append(EpochRecord(epoch, mean_loss, figures["nrmse"], figures["pearson"], seconds))
         on_epoch(history[-1])
-        best = best_epoch(history, settings.best_by)
+        best = best_epoch(history, recipe.best_by)
         if best == epoch:
             best_state = copy.deepcopy(average.head.state_dict())
         elif epoch - best >= recipe.patience:

@@ -28,7 +28,9 @@ class Recipe:
     epochs: int
     """Passes over the training rows, at most."""
     patience: int
-    """Epochs without a better validation NRMSE before a cell stops."""
+    """Epochs in which the figure of `best_by` has not improved, before a cell stops."""
+    best_by: str
+    """Validation figure that chooses the epoch."""
     averaging_power: float
     """Of the average of the weights (train/average.py): runs from before it have none."""
     step_scale: float | None
@@ -52,6 +54,7 @@ def own_recipe(settings: TrainSettings, head: str, rows: int) -> Recipe | None:
         weight_decay=settings.weight_decay if settings.weight_decay is not None else decay,
         epochs=epochs,
         patience=settings.patience or math.ceil(3 / 5 * epochs),
+        best_by=settings.best_by,
         averaging_power=AVERAGING_POWER,
         step_scale=STEP_SCALE if head == "relish" else None,
         principal_axes=settings.standardise if head == "relish" else None,

@@ -20,7 +20,7 @@ from ..cache.jsonfile import read_versioned, sealed_text
 from .diverged import find_diverged
 from .heads import Head, HeadSpec, build_head, count_parameters
 from .saving import write_synced, writing
-from .settings import MIX, Layer
+from .settings import MIX, Layer, with_later_settings
 
 FORMAT = "relish run"
 VERSION = 1
@@ -152,7 +152,7 @@ def load_run(path: str | Path) -> Run:
             cache=Path(config["cache"]),
             identity=Identity.from_json(config["identity"]),
             task=config["task"],
-            settings={"best_by": "nrmse", **config["settings"]},  # runs from before it have none
+            settings=with_later_settings(config["settings"]),
             train_rows=config["train_rows"],
             data=dict(config["data"]),
             weights_sha256=str(config["weights_sha256"]),

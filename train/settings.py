@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from ..cache.errors import SettingsError, refuse_scalars
 from ..cache.manifest import TRAIN
@@ -82,9 +82,10 @@ class TrainSettings:
     """Share of all steps in which the learning rate rises; then it falls to 0 along a cosine."""
     best_by: str = "nrmse"
     """Validation figure that chooses the epoch whose weights are kept: the lowest nrmse or the highest pearson. Where
-    the validation labels lie elsewhere than the training labels, NRMSE prefers weights that have learned little."""
+    the validation labels lie elsewhere or closer together than the training labels, NRMSE prefers weights that have
+    learned little. Depths and ridge's penalty are chosen by NRMSE all the same."""
     patience: int | None = None
-    """Epochs without a better one before a cell stops. None for three fifths of the epochs."""
+    """Epochs in which that figure has not improved, before a cell stops. None for three fifths of the epochs."""
     standardise: bool = True
     """Scale each dimension of the hidden states to mean 0 and deviation 1 over a sample of the training tokens."""
 
@@ -166,6 +167,11 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(f"{name} must be at least 1, not {value}")
+
+
+def with_later_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a run or cell as they were saved, and what was done before there was a choice."""
+    return {"best_by": "nrmse", **settings}
 
 
 def parse_layer(text: str | None) -> Layer | None:

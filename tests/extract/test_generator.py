@@ -52,7 +52,7 @@ def greedy_by_hand(made, row):
             text = tokenizer.decode(new, skip_special_tokens=True)
             if "\n" in text.lstrip() or new[-1] == tokenizer.eos_token_id:
                 break
-            if text and new[-1] in tokenizer.all_special_ids:
+            if text.strip() and new[-1] in tokenizer.all_special_ids:
                 break
             ids = torch.cat([ids, torch.tensor([new[-1:]])], dim=1)
     return tokenizer.decode(new, skip_special_tokens=True).lstrip().split("\n")[0].rstrip()
@@ -210,6 +210,7 @@ class Scripted:
         ("4</s> and more", "4</s>", None),
         ("4<s>5", "4<s>", None),
         ("<s>4\n", "<s>4\n", None),
+        ("\n<s>4\n", "\n<s>4\n", None),
         ("12345678901234567890", None, NEW_TOKENS),
     ],
 )

@@ -63,6 +63,7 @@ def test_rows_of_like_length_are_computed_by_rows_and_a_long_one_is_not():
     draw = np.random.default_rng(0)
     assert by_rows(*tree(0, 4, [5, 6, 5, 4] * 4, draw))
     assert not by_rows(*tree(0, 200, [5, 6, 5, 4] * 4, draw))  # most of it is for all rows
+    assert by_rows(*tree(0, 4, [30, 25], draw))
     assert not by_rows(*tree(0, 4, [30, 5], draw))
     assert not by_rows(*tree(0, 4, [30], draw))
     assert not by_rows(*tree(0, 12, [], draw))

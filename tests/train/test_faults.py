@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from relish.cache.errors import CacheError, DataError, RunError
+from relish.cache.jsonfile import sealed_text
 from relish.cache.lock import lock_folder
 from relish.cache.reader import open_cache
 from relish.train import loop
 from relish.train.data import Rows
 from relish.train.grid import train_heads
 from relish.train.loop import Diverged
-from relish.train.recipe import Recipe
+from relish.train.recipe import own_recipe
 from relish.train.run import find_runs, load_head
 from relish.train.settings import HEADS, TrainSettings
 
@@ -89,7 +90,7 @@ def test_a_loss_that_is_no_longer_finite_ends_the_cell_within_the_epoch(cache, m
             train,
             val,
             settings=settings,
-            recipe=Recipe(1e-3, 1.0, epochs=1, patience=1, averaging_power=8.0, step_scale=None, principal_axes=None),
+            recipe=own_recipe(settings, "linear", len(train)),
             seed=0,
             label_range=(0, 5),
             device=torch.device("cpu"),
@@ -124,6 +125,12 @@ def test_a_diverged_cell_is_named_kept_in_mind_and_tried_again_when_asked(diverg
     again = run_cli(*words, "--json")
     assert (again.exit_code, json.loads(again.stdout)["diverged"]) == (2, ["mlp-L0-seed0", "linear-L0-seed0"])
     assert mark.stat().st_mtime_ns == when  # not trained again
+    older = json.loads(mark.read_text())  # from before there was a choice
+    del older["sha256"], older["training"]["settings"]["best_by"]
+    mark.write_text(sealed_text(older))
+    when = mark.stat().st_mtime_ns
+    assert run_cli(*words).exit_code == 2
+    assert mark.stat().st_mtime_ns == when
     mark.unlink()
     assert run_cli(*words).exit_code == 2
     assert mark.exists()
@@ -235,12 +242,13 @@ def test_too_few_rows_are_refused(tmp_path, sizes, left):
 def test_pearson_chooses_no_epoch_where_validation_labels_are_all_the_same(tmp_path):
     cache = write_cache(tmp_path / "c", sizes={"train": 8, "dev": 1})
     with pytest.raises(DataError) as caught:
-        train_heads(cache, tmp_path / "r", TrainSettings(**SMALL, best_by="pearson"))
+        train_heads(cache, tmp_path / "r", TrainSettings(heads=("ridge", "relish"), **SMALL, best_by="pearson"))
     assert str(caught.value) == (
         f"no epoch is best by Pearson: the labels of the 1 validation rows of the cache {cache} are all the same. "
         "Leave best_by at nrmse, or extract more validation rows"
     )
     assert not (tmp_path / "r").exists()
+    assert train_heads(cache, tmp_path / "r", TrainSettings(heads=("ridge",), **SMALL, best_by="pearson")).cells
 
 
 @pytest.mark.parametrize("head", ["relish", "mlp", "ridge"])

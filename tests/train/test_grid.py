@@ -127,9 +127,9 @@ def test_what_a_ridge_does_not_learn_by_does_not_matter(cache, tmp_path):
     settings = TrainSettings(heads=("ridge",), **SMALL)
     first = train_heads(cache, tmp_path / "r", settings)
     config = json.loads((tmp_path / "r/ridge-L0-seed0/config.json").read_text())["settings"]
-    learnt = ("lr", "weight_decay", "epochs", "patience", "step_scale", "principal_axes")
-    assert [config[name] for name in learnt] == [None] * 6
-    again = replace(settings, epochs=7, patience=2, lr=0.5, weight_decay=0.5)
+    learnt = ("lr", "weight_decay", "epochs", "patience", "best_by", "step_scale", "principal_axes")
+    assert [config[name] for name in learnt] == [None] * 7
+    again = replace(settings, epochs=7, patience=2, best_by="pearson", lr=0.5, weight_decay=0.5)
     assert train_heads(cache, tmp_path / "r", again).cells == first.cells
 
 

@@ -92,6 +92,15 @@ def test_an_output_folder_of_another_run(cache, tmp_path):
     assert "holds runs of another training: relish-L3-seed0 has loss 'mse', this one 'huber'" in result.stderr
 
 
+def test_the_figure_that_chooses_the_epoch(cache, tmp_path):
+    words = ["train", cache, "--out", tmp_path / "runs", *FAST, "--best-by"]
+    assert relish(*words, "pearson").exit_code == 0
+    config = json.loads((tmp_path / "runs" / "relish-L3-seed0" / "config.json").read_text())
+    assert config["settings"]["best_by"] == "pearson"
+    result = relish(*words, "nrmse")
+    assert "relish-L3-seed0 has best_by 'pearson', this one 'nrmse'" in result.stderr
+
+
 def test_each_head_has_its_own_rate_and_decay(cache, tmp_path):
     for folder, more in (("own", ()), ("given", ("--lr", 1e-3, "--weight-decay", 0.5))):
         result = relish("train", cache, "--out", tmp_path / folder, *FAST, "--head", "relish,linear,ridge", *more)

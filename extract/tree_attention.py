@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _WORTH = 1.5
-"""How many times as many pairs of tokens a dense mask must have: laying them out by rows takes time too."""
+"""How many times as many pairs of tokens a dense mask must have: laying them out by rows takes time, and for a gradient
+their scores stay in memory, which torch's fused attention computes again."""
 _ALIKE = 0.7
 """Rows are padded to a longest one of which they have at least this share."""
 

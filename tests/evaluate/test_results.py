@@ -151,7 +151,9 @@ def test_cells_that_diverged_are_named_in_table_and_report_and_count_nowhere(cac
     some = shutil.copytree(runs, tmp_path / "runs")
     run = load_run(some / "relish-L2-seed1")
     shutil.rmtree(run.path)
-    cell = DivergedCell(diverged_path(some, "relish-L2-seed1"), "relish", 2, 1, run.parameters, "by step 32", {})
+    cell = DivergedCell(
+        diverged_path(some, "relish-L2-seed1"), "relish", 2, 1, run.parameters, "by step 32", {"settings": {}}
+    )
     save_diverged(cell)
     shown = run_cli("evaluate", some, "--out", tmp_path / "report")
     sentence = "relish, L = 2, seed 1, does not count: diverged in training: by step 32."

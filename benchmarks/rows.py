@@ -23,7 +23,7 @@ def steps(home: Path, model: Path, task: str, files: dict[str, Path], given: Any
     """Extraction, training and evaluation with one number of training rows."""
     name, cache, runs = home.name, str(home / "cache"), str(home / "runs")
     source = sourced(model, task, files, Plan({}, compute=("--compute-dtype", given.compute_dtype)))
-    grid = ["--head", given.heads, "--depths", given.depths, "--seeds", given.seeds]
+    grid = ["--head", given.heads, "--depths", given.depths, "--seeds", given.seeds, "--best-by", given.best_by]
     if given.weight_decay is not None:
         grid += ["--weight-decay", given.weight_decay]
     return [
@@ -39,7 +39,8 @@ def figures(report: Path) -> dict[str, dict[str, float]]:
     for group in json.loads((report / "results.json").read_text(encoding="utf-8"))["groups"]:
         name = group["head"] + (f", L = {group['depth']}" if group["depth"] else "")
         found[name] = {metric: group[metric]["mean"] for metric in ("pearson", "spearman", "nrmse")}
-        found[name] |= {"nrmse_sd": group["nrmse"]["sd"], "val_nrmse": group["val_nrmse"]}
+        found[name] |= {f"{metric}_sd": group[metric]["sd"] for metric in ("pearson", "nrmse")}
+        found[name]["val_nrmse"] = group["val_nrmse"]
     return found
 
 
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--depths", default="3")
     parser.add_argument("--seeds", default="0-2")
     parser.add_argument("--weight-decay", help="of all heads, in place of each one's own; another WORK for each")
+    parser.add_argument("--best-by", default="nrmse", help="as relish train has it; another WORK for each")
     parser.add_argument("--compute-dtype", default="auto")
     given = parser.parse_args()
     if (given.work is None or given.data is None) and not given.small:
@@ -89,6 +91,7 @@ def main() -> None:
             "backbone": given.backbone,
             "layer": given.layer,
             "weight_decay": given.weight_decay,
+            "best_by": given.best_by,
             "rows": found,
         },
     )

@@ -30,7 +30,7 @@ class Recipe:
     patience: int
     """Epochs in which the figure of `best_by` has not improved, before a cell stops."""
     best_by: str
-    """Validation figure that chooses the epoch."""
+    """Validation figure that chooses the epoch; here because a head that is solved has no epochs."""
     averaging_power: float
     """Of the average of the weights (train/average.py): runs from before it have none."""
     step_scale: float | None

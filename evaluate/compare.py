@@ -29,6 +29,8 @@ PAPER = {
     "LoRA + MLP": {"pearson": 0.648, "spearman": 0.617, "nrmse": 0.167},
 }
 """The paper's macro averages over five data sets and four LLMs of 8 to 32 billion parameters (arXiv 2604.01206)."""
+MOST_RESAMPLES = 100_000
+"""Each takes a byte a row."""
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,12 @@ def compare_reports(
 
     Raises:
         RunError: if a report cannot be used, or they do not fit together.
-        SettingsError: if there are too few resamples to tell anything.
+        SettingsError: if there are too few resamples to tell anything, or far too many.
     """
     if resamples < 100:
         raise SettingsError(f"{resamples} resamples are too few to tell a difference at 5 %; take 100 or more")
+    if resamples > MOST_RESAMPLES:
+        raise SettingsError(f"{resamples:,} resamples take too much memory; take {MOST_RESAMPLES:,} at most")
     places = load_places(sources, average=average_seeds)
     most = max(Counter(place.backbone for place in places).values())
     if most > ALPHA * (resamples + 1):

@@ -226,10 +226,12 @@ def _costs(comparison: Comparison, backbone: str) -> Sheet:
     caption = (
         f"{about}Means over {over}, of the parameters the largest; seconds are wall time on the machines that ran each "
         f"step, beside whatever else they ran. Per 1,000 rows: the LLM's forward passes and the head, or decoding"
-        f"{together}. Parameters and training are those of {trained}, the latter without the LLM's passes over the "
-        "training rows, which all heads share; what else heads share, such as scales, is in the time of the first of a "
-        "grid that needs it."
+        f"{together}; a head on a middle layer is charged for all layers that were extracted with it. Parameters and "
+        f"training are those of {trained}, the latter without the LLM's passes over the training rows, which all heads "
+        "share; what else heads share, such as scales, is in the time of the first of a grid that needs it."
     )
+    if any(entry.method.adapter for entries in have.values() for entry in entries):
+        caption += " With a tuned LLM its adapter's are added, and the head that was tuned with it."
     columns = ("Method", "Seeds", "Trained parameters", "Share of the LLM", "s per 1,000 rows", "Training, s")
     return Sheet(f"Costs, {backbone}", columns, [group for group in lines.items() if group[1]], caption)
 

@@ -41,6 +41,11 @@ def remarks(comparison: Comparison) -> list[str]:
             "answers, or the head that was tuned with it, predicts as it does alone. Layers, depths and rivals are "
             "chosen by the means of the seeds' own validation figures."
         )
+    if any(place.adapters for place in comparison.places):
+        found.append(
+            "An adapter is one training of the LLM: deviations and tests are over heads on its states, seeds and rows, "
+            "and say nothing of another training."
+        )
     for place, chosen in zip(comparison.places, comparison.choices, strict=True):
         where = f"{place.dataset} with {place.backbone}"
         found += [

@@ -114,7 +114,12 @@ class Adapter:
                 return [f"the adapter {self.name} says that it was made on {made_on}, and this is {files.name}"]
             return []
         there, rows = self.tuned["texts"], self.tuned["data"]
+        other = [name for name in ("config", "tokenizer") if self.tuned["base"][name] != files.hashes()[name]]
         found = [
+            f"the adapter {self.name} was tuned with another {' and '.join(other)} of {files.name} than this one, and "
+            "may not fit"
+        ] * bool(other)
+        found += [
             f"the adapter {self.name} was tuned with {name.replace('_', ' ')} {_shown(there[name])}, and this is "
             f"{_shown(value)}" + (", so that rows which it has learned are not known again" if name == "prompt" else "")
             for name, value in texts.items()
@@ -133,6 +138,11 @@ class Adapter:
             found.append(
                 f"without a validation split relish train holds out rows of {TRAIN}, which the adapter {self.name} has "
                 f"learned, and its validation figures will flatter; give the split {rows['val_split']} too"
+            )
+        elif learned and not validated:
+            found.append(
+                f"relish train holds out the tenth of {TRAIN} that the adapter {self.name} has not learned; with "
+                "another --val-fraction than 0.1 its validation figures will flatter"
             )
         return found
 

@@ -26,7 +26,7 @@ from .tree import pack_size
 from .tune_loop import Examples, Listener, tune
 from .tune_lora import add_adapter
 from .tune_methods import Answers, Method, raft_method, regression_method
-from .tune_rows import TuneRows, choose_rows
+from .tune_rows import TuneRows, check_room, choose_rows
 from .tune_settings import TuneSettings
 from .tune_state import TuneState, saved_setup
 
@@ -225,8 +225,14 @@ def _examples(
         )
     else:
         tokens = answers.prompts.tokens(rows.texts, 0)
-        if backbone.context is not None:
-            max_length = min(max_length, backbone.context - max(map(len, answers.tokens)))
+        check_room(
+            rows.name,
+            tokens,
+            max_length,
+            context=backbone.context,
+            model=backbone.files.name,
+            answer=max(map(len, answers.tokens)),
+        )
     check_lengths(rows.name, tokens, max_length, truncate=settings.truncate)
     return Examples(tokens, rows.target)
 

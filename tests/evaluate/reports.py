@@ -50,7 +50,8 @@ def write_report(
         own = {"val_nrmse": error, "val_pearson": 1 - error, "train_seconds": 10.0, "seconds_per_1000_rows": 3.0}
         own |= (extras or {}).get((head, depth), {})
         why = (status or {}).get((head, depth, seed), "ok")
-        given.append(CellPredictions(head, depth, seed, 1000 * (depth + 1), values, why, **own))
+        parameters = 0 if head.startswith(("greedy", "rail")) else 1000 * (depth + 1)
+        given.append(CellPredictions(head, depth, seed, parameters, values, why, **own))
     says = {"task": task, "model": model, "backbone parameters": "2,000,000", **(meta or {})}
     results = summarise(split, label_range, [f"r{i}" for i in range(rows)], range(rows), target, given, says)
     write_results(results, folder)

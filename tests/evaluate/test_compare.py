@@ -366,6 +366,8 @@ def test_progress_and_too_few_resamples(two):
     assert heard == [(1, 2), (2, 2)]
     with pytest.raises(SettingsError, match="99 resamples are too few to tell a difference at 5 %; take 100 or more"):
         compare(two[0], resamples=99)
+    with pytest.raises(SettingsError, match="100,001 resamples take too much memory; take 100,000 at most"):
+        compare(two[0], resamples=100_001)
 
 
 def test_resamples_that_no_correction_leaves_significant_are_refused(tmp_path):

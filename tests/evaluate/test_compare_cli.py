@@ -221,7 +221,23 @@ def test_costs(comparison):
     lines = table(comparison, "Costs, tiny")
     shown = {label: [figure.text for figure in line[1:]] for label, line in lines.items()}
     assert shown["relish, L = 2"] == ["3", "3,000", "0.15 %", "3", "10"]
-    assert shown["greedy-0shot"] == ["1", "1,000", "0.05 %", "3", "–"]
+    assert shown["greedy-0shot"] == ["1", "0", "0 %", "3", "0"]
+
+
+def test_of_parameters_the_largest_and_of_seconds_the_mean(tmp_path):
+    for task, seconds, adapter in (("a", 10.0, "40,000"), ("b", 30.0, "40,002")):
+        extras = {("ridge", 0): {"train_seconds": seconds, "seconds_per_1000_rows": seconds}}
+        meta = {"adapter": "a" * 64, "adapter method": "lora", "adapter parameters": adapter, "adapter seconds": "100"}
+        write_report(tmp_path / task, grid(ridge=1.0), task=task, extras=extras, meta=meta)
+    found = compare_reports([parse_source(str(tmp_path / task)) for task in ("a", "b")])
+    line = table(found, "Costs, tiny")["ridge on lora"]
+    assert [figure.text for figure in line[2:]] == ["41,002", "2.05 %", "20", "120"]
+    (costs,) = (sheet for sheet in sheets(found) if sheet.title == "Costs, tiny")
+    assert costs.caption.endswith(" With a tuned LLM its adapter's are added, and the head that was tuned with it.")
+    assert remarks(found)[0] == (
+        "An adapter is one training of the LLM: deviations and tests are over heads on its states, seeds and rows, and "
+        "say nothing of another training."
+    )
 
 
 def test_unknown_costs_are_dashes(tmp_path):

@@ -1,8 +1,10 @@
 import csv
+import itertools
 import json
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -43,7 +45,7 @@ def test_figures_are_those_of_the_loaded_heads_on_the_split(cache, runs):
     assert results.ids == split.ids
 
 
-def test_cells_carry_validation_figures_and_what_they_cost(cache, runs, tmp_path):
+def test_cells_carry_validation_figures_and_what_they_cost(cache, runs, tmp_path, monkeypatch):
     timed = shutil.copytree(cache, tmp_path / "cache")
     add_speed(timed, "cpu", rows=10, tokens=50, seconds=5.0)
     for cell in evaluate_runs(runs).cells:
@@ -56,6 +58,11 @@ def test_cells_carry_validation_figures_and_what_they_cost(cache, runs, tmp_path
     tokens = open_cache(timed).manifest.splits["test"].tokens
     llm = 1000 * 0.1 * tokens / 32
     assert all(llm < cell.extras["seconds_per_1000_rows"] < llm + 1000 for cell in results.cells)
+    ticks = itertools.count(step=0.25)
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
+    for cell in evaluate_runs(runs, cache=timed).cells:
+        own = cell.extras["seconds_per_1000_rows"] - llm
+        assert own == pytest.approx(1000 * 0.25 / 32)
 
 
 @pytest.mark.parametrize("older", ["ridge-L0-seed0", "relish-L1-seed0"])

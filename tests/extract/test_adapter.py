@@ -12,6 +12,7 @@ from relish.extract.backbone import Backbone
 from relish.extract.files import BackboneFiles, find_backbone
 from relish.extract.pipeline import extract_cache
 from relish.extract.settings import ExtractSettings
+from relish.extract.tune import tune_adapter
 
 from ..heard import Heard
 
@@ -206,6 +207,29 @@ def test_another_prompt_is_noted(tuned, tiny_model, tiny_rows, tmp_path):
         "rows which it has learned are not known again",
         "note: the adapter lora-llama was tuned with chat template False, and this is True",
     ]
+
+
+def test_another_configuration_or_tokenizer_of_the_same_weights_is_noted(tuned, tiny_model, tiny_rows, tmp_path):
+    heard = Heard()
+    other = shutil.copytree(tiny_model("llama"), tmp_path / "other")
+    for name, what in (("config.json", {"rms_norm_eps": 0.5}), ("tokenizer_config.json", {"model_max_length": 99})):
+        (other / name).write_text(json.dumps({**json.loads((other / name).read_text()), **what}))
+        extract_cache(tmp_path / name, extraction(tiny_model, tiny_rows, tuned(), model=other), progress=heard)
+    start = "note: the adapter lora-llama was tuned with another"
+    assert [text for text in heard.notes if text.startswith(start)] == [
+        f"{start} {what} of other than this one, and may not fit" for what in ("config", "config and tokenizer")
+    ]
+
+
+def test_an_adapter_that_knows_most_of_train_says_what_may_be_held_out(tune_settings, tiny_model, tiny_rows, tmp_path):
+    rows = {"train": tiny_rows(24)}
+    tune_adapter(tmp_path / "a", tune_settings(data=rows, epochs=1))
+    heard = Heard()
+    extract_cache(tmp_path / "c", extraction(tiny_model, tiny_rows, tmp_path / "a", data=rows), progress=heard)
+    assert (
+        "note: relish train holds out the tenth of train that the adapter a has not learned; with another "
+        "--val-fraction than 0.1 its validation figures will flatter"
+    ) in heard.notes
 
 
 def test_another_label_range_is_noted(tuned, tiny_model, tiny_rows, tmp_path):

@@ -58,6 +58,24 @@ def greedy_by_hand(made, row):
     return tokenizer.decode(new, skip_special_tokens=True).lstrip().split("\n")[0].rstrip()
 
 
+def sample_by_hand(made, row, draws):
+    """One answer to one row: each token by where a draw falls in the cumulative distribution, in numpy."""
+    one, _, tokenizer = made
+    ids, new = torch.from_numpy(row.astype(np.int64))[None], []
+    with torch.inference_mode():
+        for draw in draws:
+            logits = one.model(input_ids=ids).logits[0, -1].double().numpy()
+            p = np.exp(logits - logits.max())
+            new.append(int(np.searchsorted(np.cumsum(p / p.sum()), draw, side="right")))
+            text = tokenizer.decode(new, skip_special_tokens=True)
+            if "\n" in text.lstrip() or new[-1] == tokenizer.eos_token_id:
+                break
+            if text.strip() and new[-1] in tokenizer.all_special_ids:
+                break
+            ids = torch.cat([ids, torch.tensor([new[-1:]])], dim=1)
+    return tokenizer.decode(new, skip_special_tokens=True).lstrip().split("\n")[0].rstrip()
+
+
 def uniform(rows, samples=5, seed=0):
     return np.stack([np.random.default_rng((seed, row)).random((samples, NEW_TOKENS)) for row in range(rows)])
 
@@ -157,6 +175,15 @@ def test_samples_follow_the_distribution():
     torch.testing.assert_close(share.double(), p, rtol=0, atol=2e-4)
     assert generator._draw(logits, torch.tensor([1.0 - 1e-17], dtype=torch.float64)) == 4
     assert share[3] == 0
+
+
+@pytest.mark.parametrize("arch", CAUSAL)
+def test_samples_are_those_of_a_plain_loop(tiny_model, arch):
+    made = make(tiny_model(arch))
+    prefix, rows = split_at(made, common_prefix(made[1]))
+    draws = uniform(len(rows))
+    expected = [[sample_by_hand(made, row, own) for own in lines] for row, lines in zip(made[1], draws, strict=True)]
+    assert made[0].samples(rows, prefix, draws) == expected
 
 
 def test_different_rows_and_samples_have_draws_of_their_own(tiny_model):

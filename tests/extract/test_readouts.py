@@ -13,6 +13,7 @@ from relish.cache.errors import BackboneError, CacheError, DataError, SettingsEr
 from relish.cache.manifest import load_manifest
 from relish.cache.reader import open_cache
 from relish.cache.readouts import PART_ROWS, load_readouts, part_files
+from relish.evaluate.results import evaluate_runs
 from relish.extract import readouts
 from relish.extract.generator import NEW_TOKENS, Generator
 from relish.extract.pipeline import extract_cache
@@ -77,6 +78,7 @@ def test_every_split_but_train_is_asked_about(settings, tiny_rows, tmp_path):
     assert load_readouts(tmp_path / "c", load_manifest(tmp_path / "c"), "train") == ([], [])
     found = read(tmp_path / "c")
     assert found["greedy-0shot"].ids == tuple(open_cache(tmp_path / "c").split("test").ids)
+    assert SAMPLES == 16  # as the paper has it
     assert all(len(answers) == SAMPLES for answers in found["samples-0shot"].answers)
     assert found["candidates-0shot"].settings["candidates"] == [n / 10 for n in range(51)]
     assert all(len(log_p) == 51 and max(log_p) < 0 for log_p in found["candidates-1shot"].answers)
@@ -84,6 +86,14 @@ def test_every_split_but_train_is_asked_about(settings, tiny_rows, tmp_path):
     assert [end_text(settings, found[f"candidates-{shots}shot"]) for shots in (0, 1)] == ["\n", "\n"]
     assert found["greedy-1shot"].settings["examples"] is not None
     assert all(one.seconds > 0 for one in found.values())
+
+
+def test_rows_with_the_same_text_have_draws_of_their_own(settings, tiny_rows, tmp_path):
+    row = tiny_rows(2)[0]
+    data = {**settings().data, "test": [{**row, "id": str(number)} for number in range(3)]}
+    extract_cache(tmp_path / "c", settings(data=data, readouts=("samples",)))
+    first, second, third = read(tmp_path / "c")["samples-0shot"].answers
+    assert first != second != third != first
 
 
 def test_answers_are_those_of_each_row_alone_in_any_batches(settings, tmp_path, small_parts):
@@ -186,12 +196,14 @@ def test_a_killed_process_leaves_whole_parts_and_the_same_command_goes_on(
     assert read(folder)["greedy-0shot"].rows == tuple(range(len(many)))
 
 
-def test_as_many_examples_as_fit_are_used_and_said(settings, tmp_path, run_cli):
+def test_as_many_examples_as_fit_are_used_and_said(settings, tmp_path):
     summary = extract_cache(tmp_path / "c", settings(readouts=("greedy",), shots=(0, 30)))
     used = summary.readouts[1].shots_used
     assert 0 < used < 30
     found = read(tmp_path / "c")
     assert (found["greedy-30shot"].shots, found["greedy-30shot"].shots_used) == (30, used)
+    note = next(cell.note for cell in evaluate_runs(tmp_path / "c").cells if cell.head == "greedy-30shot")
+    assert note.startswith(f"{used} examples, since the context or the training split has no more; ")
 
 
 @pytest.mark.parametrize("arch", ["qwen3", "gemma3", "gpt2"])

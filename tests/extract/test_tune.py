@@ -347,6 +347,26 @@ def test_rows_that_are_too_long_are_refused(tune_settings, tmp_path, method):
         tune_adapter(tmp_path / "a", tune_settings(method, data={"train": rows, "dev": rows[:2]}))
 
 
+@pytest.mark.parametrize(
+    ("words", "changes", "ending"),
+    [
+        (
+            120,
+            {},
+            "RAFT reads answers of up to 5 tokens after each, and the context of tiny-llama holds 128; leave these "
+            "rows out, or take a backbone with a longer context",
+        ),
+        (60, {"max_length": 40}, "a larger --max-length keeps them whole"),
+    ],
+)
+def test_raft_says_what_to_do_with_rows_that_are_too_long(tune_settings, tmp_path, words, changes, ending):
+    rows = [{"text": "warm " * n, "score": 1.0} for n in (1, 2, words)]
+    with pytest.raises(DataError) as caught:
+        tune_adapter(tmp_path / "a", tune_settings("raft", data={"train": rows, "dev": rows[:2]}, **changes))
+    assert str(caught.value).startswith("1 of 3 rows of train are longer than ")
+    assert str(caught.value).endswith(ending)
+
+
 @pytest.mark.parametrize(("training", "step"), [(True, 0), (False, 3)])
 def test_a_loss_or_a_prediction_that_is_not_finite_ends_it(tune_settings, tmp_path, monkeypatch, training, step):
     def forward(self, hidden, mask):

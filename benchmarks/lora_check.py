@@ -226,7 +226,15 @@ def main() -> None:
             sides["relish tune"].append(ours(model, settings, splits, Path(home) / f"adapter-{seed}"))
             sides["transformers and peft"].append(theirs(model, settings, splits, same_start=given.same_start))
     rows = {name: len(split) for name, split in splits.items()}
-    save(given.out, {"rows": rows, "epochs": given.epochs, "seeds": given.seeds, "sides": sides})
+    recipe = {
+        "rows": rows,
+        "model": model.name,
+        "lr": given.lr,
+        "epochs": given.epochs,
+        "seeds": given.seeds,
+        "same_start": given.same_start,
+    }
+    save(given.out, {**recipe, "sides": sides})
     lines = [
         (
             name,

@@ -197,9 +197,7 @@ def main() -> None:
                 continue
             model = find()
             files = drawn(task)
-            asked = {split: path for split, path in files.items() if split != "val"}
-            sources = (sourced(model, task, some, plan) for some in (files, asked))
-            cell = Cell(work / task / backbone, f"{task}-{backbone}", model, *sources)
+            cell = Cell(work / task / backbone, f"{task}-{backbone}", model, sourced(model, task, files, plan))
             for part, target in targets.items():
                 parts[target] = STEPS[part](cell, plan)
     left = {target: {step.name for step in own} for target, own in parts.items()}

@@ -49,8 +49,6 @@ class Cell:
     model: Path
     source: list[str]
     """The options that say which texts which LLM reads."""
-    asked: list[str]
-    """The same without the validation rows: nobody wants to know what the LLM answers to those."""
 
     def step(self, name: str, words: list[str], *needs: str) -> Step:
         """A command of this cell, after others of it."""
@@ -82,11 +80,12 @@ def frozen_steps(cell: Cell, plan: Plan) -> list[Step]:
 
 
 def prompted_steps(cell: Cell, plan: Plan) -> list[Step]:
-    """What the LLM answers, beside its embeddings, which cost next to nothing."""
+    """What the LLM answers, beside its embeddings, which cost next to nothing; to the validation rows too, by whose
+    figures the best rival is chosen."""
     cache, report = str(cell.home / "prompted-cache"), str(cell.home / "prompted-report")
     answers = ["--layers", "0", "--readouts", "greedy,samples,candidates", "--shots", plan.shots]
     return [
-        cell.step("extract-prompted", ["extract", cache, *cell.asked, *answers]),
+        cell.step("extract-prompted", ["extract", cache, *cell.source, *answers]),
         cell.step("evaluate-prompted", ["evaluate", cache, "--out", report], "extract-prompted"),
     ]
 

@@ -19,7 +19,7 @@ from .backbone import Backbone
 from .files import find_backbone
 from .generator import refuse_encoder
 from .pipeline import check_lengths, choose_max_length, made_by
-from .regression import HEAD
+from .regression import HEAD, load_regression_head
 from .rows import hash_texts
 from .sources import TextData, load_texts
 from .tree import pack_size
@@ -87,7 +87,9 @@ def tune_adapter(adapter: str | Path, settings: TuneSettings, *, listener: Liste
         tuned = read_tuned(folder)
         if tuned is not None:
             _refuse_other_setup(folder, tuned, setup)
-            read_adapter(folder)  # says so if a file was damaged
+            finished = read_adapter(folder)  # says so if a file was damaged
+            if finished.method == "lora":
+                load_regression_head(finished)
             (folder / CHECKPOINT).unlink(missing_ok=True)
             return _summary(folder, tuned, already=True)
         if (folder / CHECKPOINT).exists():

@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -285,9 +286,19 @@ def test_a_damaged_checkpoint_is_named(tune_settings, tmp_path, monkeypatch):
     tune_adapter(tmp_path / "a", tune_settings())
 
 
-def test_a_damaged_adapter_is_named(tuned, tmp_path, tune_settings):
-    import shutil
+def test_a_finished_adapter_without_its_head_is_not_called_finished(tuned, tmp_path, tune_settings):
+    folder = shutil.copytree(tuned(), tmp_path / "a")
+    head = folder / HEAD
+    content = head.read_bytes()
+    head.write_bytes(content[:-1])
+    with pytest.raises(AdapterError, match=f"^{head} is damaged: it is not the file that was saved; restore it"):
+        tune_adapter(folder, tune_settings())
+    head.unlink()
+    with pytest.raises(AdapterError, match=f"^{head} cannot be read"):
+        tune_adapter(folder, tune_settings())
 
+
+def test_a_damaged_adapter_is_named(tuned, tmp_path, tune_settings):
     folder = shutil.copytree(tuned(), tmp_path / "a")
     data = bytearray((folder / FILES[1]).read_bytes())
     data[-1] ^= 1

@@ -62,9 +62,12 @@ def remarks(comparison: Comparison) -> list[str]:
         if fewer:
             told = ", ".join(f"{e.method.label} ({e.seed_count})" for e in fewer)
             found.append(f"{where}: fewer seeds than {most} stand behind {told}.")
+        by_note: dict[str, list[str]] = {}  # means and medians of the same answers have the same one
+        for entry in place.entries:
+            by_note.setdefault(entry.note.rstrip("."), []).append(entry.method.label)
+        found += [f"{where}: {', '.join(labels)}: {note}." for note, labels in by_note.items() if note]
         for entry in place.entries:
             label, seeds = entry.method.label, constant_seeds(entry)
-            found += [f"{where}: {label}: {entry.note.rstrip('.')}."] if entry.note else []
             if seeds:
                 which = f" of seed {', '.join(map(str, seeds))}" if len(entry.seeds) > 1 else ""
                 found.append(f"{where}: {label} has no correlation: all predictions{which} are the same.")

@@ -240,6 +240,14 @@ def test_of_parameters_the_largest_and_of_seconds_the_mean(tmp_path):
     )
 
 
+def test_what_several_methods_note_is_said_once(tmp_path):
+    notes = {(name, 0): {"note": "3 of 80 answers were no number."} for name in ("rail-0shot", "rail-median-0shot")}
+    cells = {("rail-0shot", 0, 0): 1.0, ("greedy-0shot", 0, 0): 1.1, ("rail-median-0shot", 0, 0): 1.2}
+    write_report(tmp_path / "r", cells, extras=notes)
+    said = remarks(compare_reports([parse_source(str(tmp_path / "r"))]))
+    assert said == ["stsb with tiny: rail-0shot, rail-median-0shot: 3 of 80 answers were no number."]
+
+
 def test_unknown_costs_are_dashes(tmp_path):
     extras = {("ridge", 0): {"train_seconds": None, "seconds_per_1000_rows": None}}
     meta = {"adapter": "a" * 64, "backbone parameters": None}

@@ -19,8 +19,6 @@ COPY = "manifest.copy.json"
 """Written right before the manifest itself, with the same content: what `relish cache repair` restores."""
 TRAIN = "train"
 """The split that is learned from."""
-VALIDATION_NAMES = ("validation", "val", "dev", "trial")
-"""What the split is called that early stopping looks at; the first that is there."""
 ARCHIVE = "archive.json"
 """Lists the shards of a packed cache."""
 PACKED_MANIFEST = "manifest.packed.json"

@@ -12,10 +12,11 @@ from ..cache.device import pick_device
 from ..cache.errors import CacheError, DataError, RunError, require_extra
 from ..cache.exact import exact_range
 from ..cache.identity import Identity, refuse_differences
-from ..cache.manifest import MANIFEST, VALIDATION_NAMES
+from ..cache.manifest import MANIFEST
 from ..cache.reader import FeatureCache, Split, open_cache
 from ..cache.readouts import readout_names
 from ..cache.speed import seconds_per_1000_rows
+from ..cache.validation import VALIDATION_NAMES
 from ..train.data import Rows, open_split
 from ..train.diverged import find_diverged
 from ..train.loop import predict_rows

@@ -13,8 +13,9 @@ from ..cache.errors import DataError
 from ..cache.exact import exact_range
 from ..cache.identity import Identity
 from ..cache.info import padding_overhead
-from ..cache.manifest import VALIDATION_NAMES, SkippedRow
+from ..cache.manifest import SkippedRow
 from ..cache.speed import add_speed
+from ..cache.validation import VALIDATION_NAMES
 from ..cache.writer import CacheWriter, SplitRows, SplitWriter, manifest_to_resume
 from .adapter import open_adapter
 from .backbone import Backbone

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..cache.errors import DataError
 from ..cache.exact import exact
-from ..cache.manifest import VALIDATION_NAMES
+from ..cache.validation import VALIDATION_NAMES
 from .rows import SplitData, guess_text_column, label_range_of, load_split, resolve_columns
 from .settings import Source, TextSettings
 from .tables import hub_splits, read_hub, read_rows

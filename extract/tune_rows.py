@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..cache.errors import DataError
-from ..cache.manifest import VALIDATION_NAMES
+from ..cache.validation import VALIDATION_NAMES, held_out
 from .rows import SplitData
 from .sources import TextData
 
@@ -54,7 +54,7 @@ def choose_rows(data: TextData, count: int | None) -> tuple[TuneRows, TuneRows]:
     if name is not None:
         val = TuneRows(name, data.splits[name], np.arange(len(data.splits[name].texts)))
     else:
-        held = np.sort(np.random.default_rng(0).permutation(everything)[: max(1, round(_HELD_OUT * len(everything)))])
+        held = held_out(len(everything), _HELD_OUT)
         everything = np.setdiff1d(everything, held)
         val = TuneRows("train", train, held)
     if count is not None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..cache.errors import DataError
-from ..cache.manifest import VALIDATION_NAMES
 from ..cache.reader import FeatureCache, Split
+from ..cache.validation import VALIDATION_NAMES, held_out
 from .pooled import pool
 from .settings import CLOSED_FORM, MIX, Layer, TrainSettings
 from .shared import own_tokens
@@ -107,8 +107,7 @@ def training_rows(cache: FeatureCache, settings: TrainSettings) -> tuple[Rows, R
         val = open_split(cache, found, settings.layer)
         chosen = Rows(train, everything), Rows(val, np.arange(len(val)))
     else:
-        count = max(1, round(settings.val_fraction * len(train)))
-        held = np.sort(np.random.default_rng(0).permutation(len(train))[:count])
+        held = held_out(len(train), settings.val_fraction)
         chosen = Rows(train, np.setdiff1d(everything, held)), Rows(train, held)
     for rows in chosen:
         split = rows.split

@@ -12,7 +12,11 @@ from relish.extract.backbone import Backbone
 from relish.extract.files import BackboneFiles, find_backbone
 from relish.extract.pipeline import extract_cache
 from relish.extract.settings import ExtractSettings
+from relish.extract.sources import load_texts
 from relish.extract.tune import tune_adapter
+from relish.extract.tune_rows import choose_rows
+from relish.train.data import training_rows
+from relish.train.settings import TrainSettings
 
 from ..heard import Heard
 
@@ -230,6 +234,16 @@ def test_an_adapter_that_knows_most_of_train_says_what_may_be_held_out(tune_sett
         "note: relish train holds out the tenth of train that the adapter a has not learned; with another "
         "--val-fraction than 0.1 its validation figures will flatter"
     ) in heard.notes
+
+
+def test_heads_hold_out_the_rows_that_the_adapter_did(tune_settings, tiny_model, tiny_rows, tmp_path):
+    rows = {"train": tiny_rows(37)}
+    settings = tune_settings(data=rows)
+    train, val = choose_rows(load_texts(settings, None), None)
+    extract_cache(tmp_path / "c", extraction(tiny_model, tiny_rows, None, data=rows))
+    learned, held = training_rows(open_cache(tmp_path / "c"), TrainSettings())
+    assert (list(learned.index), list(held.index)) == (list(train.index), list(val.index))
+    assert len(held.index) == 4
 
 
 def test_another_label_range_is_noted(tuned, tiny_model, tiny_rows, tmp_path):

@@ -144,9 +144,12 @@ def test_wrong_input():
 def test_time_does_not_grow_with_the_square_of_the_rows():
     def seconds(rows):
         target, predictions = sample(rows, decimals=8)
-        start = time.process_time()
-        intervals(target, predictions, RANGE, resamples=64)
-        return time.process_time() - start
+        times = []
+        for _ in range(3):  # other work on the machine slows a few
+            start = time.process_time()
+            intervals(target, predictions, RANGE, resamples=64)
+            times.append(time.process_time() - start)
+        return min(times)
 
     seconds(500)
-    assert seconds(16_000) < 24 * min(seconds(2_000), seconds(2_000))
+    assert seconds(16_000) < 32 * seconds(2_000)  # 8 times the rows; their square would take 64 times as long

@@ -2,6 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from relish.evaluate.compare import compare_reports
+from relish.evaluate.compare_load import parse_source
 from relish.train.grid import train_heads
 from relish.train.settings import TrainSettings
 
@@ -32,3 +34,8 @@ def reports(tmp_path_factory):
     write_report(home / "stsb", cells, extras=notes)
     write_report(home / "sick", grid(ridge=0.2, relish1=0.9, relish2=1.1), task="sick", data=1)
     return [home / "stsb", home / "sick"]
+
+
+@pytest.fixture(scope="module")
+def comparison(reports):
+    return compare_reports([parse_source(str(report)) for report in reports], resamples=200)

@@ -226,15 +226,16 @@ def main() -> None:
             sides["relish tune"].append(ours(model, settings, splits, Path(home) / f"adapter-{seed}"))
             sides["transformers and peft"].append(theirs(model, settings, splits, same_start=given.same_start))
     rows = {name: len(split) for name, split in splits.items()}
-    recipe = {
+    found = {
         "rows": rows,
         "model": model.name,
         "lr": given.lr,
         "epochs": given.epochs,
         "seeds": given.seeds,
         "same_start": given.same_start,
+        "sides": sides,
     }
-    save(given.out, {**recipe, "sides": sides})
+    save(given.out, found)
     lines = [
         (
             name,

@@ -114,11 +114,14 @@ class Adapter:
                 return [f"the adapter {self.name} says that it was made on {made_on}, and this is {files.name}"]
             return []
         there, rows = self.tuned["texts"], self.tuned["data"]
-        other = [name for name in ("config", "tokenizer") if self.tuned["base"][name] != files.hashes()[name]]
-        found = [
-            f"the adapter {self.name} was tuned with another {' and '.join(other)} of {files.name} than this one, and "
-            "may not fit"
-        ] * bool(other)
+        here = files.hashes()
+        other = [name for name in ("config", "tokenizer") if self.tuned["base"][name] != here[name]]
+        found = []
+        if other:
+            found.append(
+                f"the adapter {self.name} was tuned with another {' and '.join(other)} of {files.name} than this one, "
+                "and may not fit"
+            )
         found += [
             f"the adapter {self.name} was tuned with {name.replace('_', ' ')} {_shown(there[name])}, and this is "
             f"{_shown(value)}" + (", so that rows which it has learned are not known again" if name == "prompt" else "")

@@ -207,7 +207,19 @@ def choose_max_length(asked: int | None, backbone: Backbone) -> int:
     return asked or context or 0
 
 
-def check_lengths(split: str, tokens: list[np.ndarray], max_length: int, *, truncate: bool) -> None:
+LONGER = "a larger --max-length keeps them whole"
+CUT_OR_LONGER = f"--truncate cuts them, {LONGER}"
+"""What to do about rows that are too long."""
+
+
+def check_lengths(
+    split: str,
+    tokens: list[np.ndarray],
+    max_length: int,
+    *,
+    truncate: bool,
+    way: str = CUT_OR_LONGER,
+) -> None:
     """Refuse rows that are too long, or have no token at all.
 
     Args:
@@ -215,19 +227,19 @@ def check_lengths(split: str, tokens: list[np.ndarray], max_length: int, *, trun
         tokens: token ids of each row.
         max_length: the most a row may have.
         truncate: whether the tokenizer has cut them already; it leaves its special tokens in, however many.
+        way: what to do about rows that were not cut.
 
     Raises:
         DataError: saying how many rows, and how long the longest is.
     """
     lengths = np.array([len(row) for row in tokens])
     if (lengths > max_length).any():
-        way = "a larger --max-length keeps them whole"
         raise DataError(
             f"{int((lengths > max_length).sum())} of {len(tokens)} rows of {split} are longer than {max_length} tokens "
             + (
-                f"even when they are cut, since the tokenizer's special tokens stay; {way}"
+                f"even when they are cut, since the tokenizer's special tokens stay; {LONGER}"
                 if truncate
-                else f"(the longest has {lengths.max()}); --truncate cuts them, {way}"
+                else f"(the longest has {lengths.max()}); {way}"
             )
         )
     if (lengths == 0).any():

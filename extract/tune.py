@@ -18,7 +18,7 @@ from .adapter import CHECKPOINT, CONFIG, FORMAT, TUNED, VERSION, WEIGHTS, adapte
 from .backbone import Backbone
 from .files import find_backbone
 from .generator import refuse_encoder
-from .pipeline import check_lengths, choose_max_length, made_by
+from .pipeline import CUT_OR_LONGER, LONGER, check_lengths, choose_max_length, made_by
 from .regression import HEAD, load_regression_head
 from .rows import hash_texts
 from .sources import TextData, load_texts
@@ -26,7 +26,7 @@ from .tree import pack_size
 from .tune_loop import Examples, Listener, tune
 from .tune_lora import add_adapter
 from .tune_methods import Answers, Method, raft_method, regression_method
-from .tune_rows import TuneRows, check_room, choose_rows
+from .tune_rows import TuneRows, choose_rows
 from .tune_settings import TuneSettings
 from .tune_state import TuneState, saved_setup
 
@@ -221,21 +221,22 @@ def _open_backbone(settings: TuneSettings) -> Backbone:
 def _examples(
     rows: TuneRows, backbone: Backbone, settings: TuneSettings, max_length: int, answers: Answers | None
 ) -> Examples:
+    way = CUT_OR_LONGER
     if answers is None:
         tokens, _ = backbone.tokenize(
             rows.texts, chat_template=settings.chat_template, max_length=max_length, truncate=settings.truncate
         )
     else:
+        way = LONGER  # an answer to a part of a text is none: RAFT cuts nothing
         tokens = answers.prompts.tokens(rows.texts, 0)
-        check_room(
-            rows.name,
-            tokens,
-            max_length,
-            context=backbone.context,
-            model=backbone.files.name,
-            answer=max(map(len, answers.tokens)),
-        )
-    check_lengths(rows.name, tokens, max_length, truncate=settings.truncate)
+        answer = max(map(len, answers.tokens))
+        if backbone.context is not None and backbone.context - answer <= max_length:
+            max_length = backbone.context - answer
+            way = (
+                f"RAFT reads answers of up to {answer} tokens after each, and the context of {backbone.files.name} "
+                f"holds {backbone.context}; leave these rows out, or take a backbone with a longer context"
+            )
+    check_lengths(rows.name, tokens, max_length, truncate=settings.truncate, way=way)
     return Examples(tokens, rows.target)
 
 

@@ -1,6 +1,5 @@
 """The rows that an adapter learns from, and those that decide which of its epochs is best."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,34 +73,3 @@ def choose_rows(data: TextData, count: int | None) -> tuple[TuneRows, TuneRows]:
                 "rows out"
             )
     return chosen, val
-
-
-def check_room(
-    split: str, tokens: Sequence[np.ndarray], max_length: int, *, context: int | None, model: str, answer: int
-) -> None:
-    """Refuse rows that are too long with an answer behind them; RAFT asks at a row's end, and cuts none.
-
-    Args:
-        split: its name.
-        tokens: token ids of each row.
-        max_length: the most a row may have.
-        context: the most the LLM takes; None for any number.
-        model: the LLM's name.
-        answer: tokens of the longest answer.
-
-    Raises:
-        DataError: saying how many rows, and how long the longest is.
-    """
-    room = context - answer if context is not None else max_length
-    most, longest = min(max_length, room), max(map(len, tokens))
-    if longest > most:
-        raise DataError(
-            f"{sum(len(row) > most for row in tokens)} of {len(tokens)} rows of {split} are longer than {most} tokens "
-            f"(the longest has {longest})"
-            + (
-                f": RAFT reads answers of up to {answer} tokens after each, and the context of {model} holds "
-                f"{context}; leave these rows out, or take a backbone with a longer context"
-                if room <= max_length
-                else "; a larger --max-length keeps them whole"
-            )
-        )

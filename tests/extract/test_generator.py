@@ -42,31 +42,19 @@ def split_at(made, shared):
     return made[0].read_prefix(rows[0][:shared]), [row[shared:] for row in rows]
 
 
-def greedy_by_hand(made, row):
-    """One row, no cache, the whole sequence again for each token."""
-    one, _, tokenizer = made
-    ids, new = torch.from_numpy(row.astype(np.int64))[None], []
-    with torch.inference_mode():
-        for _ in range(NEW_TOKENS):
-            new.append(int(one.model(input_ids=ids).logits[0, -1].argmax()))
-            text = tokenizer.decode(new, skip_special_tokens=True)
-            if "\n" in text.lstrip() or new[-1] == tokenizer.eos_token_id:
-                break
-            if text.strip() and new[-1] in tokenizer.all_special_ids:
-                break
-            ids = torch.cat([ids, torch.tensor([new[-1:]])], dim=1)
-    return tokenizer.decode(new, skip_special_tokens=True).lstrip().split("\n")[0].rstrip()
+def answer_by_hand(made, row, draws=(None,) * NEW_TOKENS):
+    """One answer to one row, no cache, the whole sequence again for each token.
 
-
-def sample_by_hand(made, row, draws):
-    """One answer to one row: each token by where a draw falls in the cumulative distribution, in numpy."""
+    The likeliest token each time; with draws, the one in which a draw falls in the cumulative distribution.
+    """
     one, _, tokenizer = made
     ids, new = torch.from_numpy(row.astype(np.int64))[None], []
     with torch.inference_mode():
         for draw in draws:
             logits = one.model(input_ids=ids).logits[0, -1].double().numpy()
             p = np.exp(logits - logits.max())
-            new.append(int(np.searchsorted(np.cumsum(p / p.sum()), draw, side="right")))
+            drawn = logits.argmax() if draw is None else np.searchsorted(np.cumsum(p / p.sum()), draw, side="right")
+            new.append(int(drawn))
             text = tokenizer.decode(new, skip_special_tokens=True)
             if "\n" in text.lstrip() or new[-1] == tokenizer.eos_token_id:
                 break
@@ -90,7 +78,7 @@ def test_greedy_answers_are_those_of_each_row_alone_without_any_cache(tiny_model
     shared = common_prefix(made[1])
     assert shared > 15
     prefix, rows = split_at(made, shared)
-    expected = [greedy_by_hand(made, row) for row in made[1]]
+    expected = [answer_by_hand(made, row) for row in made[1]]
     assert made[0].greedy(rows, prefix) == expected
     assert len(set(expected)) > 1
 
@@ -182,7 +170,7 @@ def test_samples_are_those_of_a_plain_loop(tiny_model, arch):
     made = make(tiny_model(arch))
     prefix, rows = split_at(made, common_prefix(made[1]))
     draws = uniform(len(rows))
-    expected = [[sample_by_hand(made, row, own) for own in lines] for row, lines in zip(made[1], draws, strict=True)]
+    expected = [[answer_by_hand(made, row, own) for own in lines] for row, lines in zip(made[1], draws, strict=True)]
     assert made[0].samples(rows, prefix, draws) == expected
 
 

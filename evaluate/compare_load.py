@@ -8,6 +8,7 @@ import numpy as np
 
 from ..cache.errors import RunError, SettingsError
 from ..cache.exact import exact, exact_range
+from .compare_pool import pool_tunings
 from .compare_read import Entry, Place, Source, load_report
 
 
@@ -31,6 +32,8 @@ def parse_source(text: str) -> Source:
 def load_places(sources: Sequence[Source], *, average: bool = False) -> list[Place]:
     """Read reports and join those of one data set and LLM; in the order in which data sets and LLMs are first named.
 
+    Where reports are of several tunings of the LLM that differ in the seed alone, the heads on all of them are seeds of
+    one method.
     Where reports of several layers hold a method, the one with the best mean validation NRMSE stands for it, and a note
     says so: the layer is chosen for each method by itself, as its learning rate would be.
 
@@ -46,15 +49,34 @@ def load_places(sources: Sequence[Source], *, average: bool = False) -> list[Pla
         raise RunError("there is no report to compare; make some with: relish evaluate RUNS --out REPORT")
     places: dict[tuple[str, str], Place] = {}
     firsts: dict[str, Place] = {}
-    for source in sources:
-        report = load_report(source, average=average)
+    reports = [load_report(source, average=average) for source in sources]
+    for report in reports:
         _refuse_other_rows(firsts.setdefault(report.dataset, report), report)
+    for report in _pooled(reports, average=average):
         key = (report.dataset, report.backbone)
         places[key] = _join(places[key], report) if key in places else report
     datasets = list(firsts)
     backbones = list(dict.fromkeys(place.backbone for place in places.values()))
     found = sorted(places.values(), key=lambda p: (backbones.index(p.backbone), datasets.index(p.dataset)))
     return [_finished(place) for place in found]
+
+
+def _pooled(reports: Sequence[Place], *, average: bool) -> list[Place]:
+    """The same reports, but those of tunings that differ in the seed alone are one for each layer."""
+    groups: dict[object, dict[int, Place]] = {}
+    for number, report in enumerate(reports):
+        if report.tuning is None:
+            groups[number] = {0: report}
+            continue
+        rows = tuple(sorted(report.learned_from.items()))
+        key = (report.dataset, report.backbone, report.backbone_files, *report.adapters, report.tuning.kind, rows)
+        layers = tuple(dict.fromkeys(entry.layer for entry in report.entries))
+        tunings, seed = groups.setdefault((*key, layers), {}), report.tuning.seed
+        tunings[seed] = _join(tunings[seed], report) if seed in tunings else report
+    return [
+        pool_tunings(tunings, average=average) if len(tunings) > 1 else next(iter(tunings.values()))
+        for tunings in groups.values()
+    ]
 
 
 def _finished(place: Place) -> Place:
@@ -96,9 +118,11 @@ def _refuse_other_adapter(place: Place, report: Place) -> None:
     for name, have in place.adapters.items():
         other = report.adapters.get(name, have)
         if other != have:
+            hashes = " and ".join(", ".join(f"{one[:12]}…" for one in adapters) for adapters in (other, have))
             raise RunError(
-                f"{report.source} and {place.source} are of two adapters, both called {name} ({other[:12]}… and "
-                f"{have[:12]}…); tell them apart by a third name: ,,NAME={report.source}"
+                f"{report.source} and {place.source} are of different adapters, all called {name} ({hashes}); tell "
+                f"them apart by a third name: ,,NAME={report.source}. Tunings that differ in the seed alone are one "
+                "method, if each has a report of each layer."
             )
 
 

@@ -18,7 +18,8 @@ from ..cache.errors import RunError
 from ..train.metrics import METRICS, label_width, score
 from .bootstrap import intervals
 from .compare_methods import Method
-from .summary import BACKBONE_FILES, EXTRAS, LEARNED_FROM, VALIDATED_ON, Estimate
+from .significance import Seed
+from .summary import BACKBONE_FILES, EXTRAS, LEARNED_FROM, VALIDATED_ON, Estimate, estimates, sum_if_known
 
 Array = NDArray[np.float64]
 _LONGEST = 2**31 - 1  # characters of an id
@@ -39,7 +40,7 @@ class Entry:
     """One method in one place."""
 
     method: Method
-    seeds: tuple[int, ...]
+    seeds: tuple[Seed, ...]
     """Of its cells that count; 0 alone for the mean over them."""
     predictions: Array
     """(S, N), in the order of `seeds`."""
@@ -56,6 +57,8 @@ class Entry:
     """Which of the backbone's layers it reads, as the report says it."""
     validated_on: str = ""
     """Which rows its validation figures are of, as the report says it."""
+    tunings: int = 1
+    """How many of the LLM, which differ in the seed alone, its heads are on; 1 for a frozen LLM too."""
     rejected: tuple["Entry", ...] = ()
     """The same method at layers of other reports, where its validation figures are worse."""
 
@@ -63,6 +66,15 @@ class Entry:
     def seed_count(self) -> int:
         """How many seeds its figures are of, be they means over seeds or of the mean prediction over them."""
         return max(len(self.seeds), self.averaged_seeds)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the adapter of a report was made, as far as the report says it."""
+
+    kind: str
+    """A hash of all that it depends on but the seed."""
+    seed: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,10 +99,13 @@ class Place:
     """The first report of the place, for messages."""
     learned_from: dict[str, Any]
     """What reports say of the rows that heads were trained on and chosen by."""
-    adapters: dict[str, str]
-    """What methods on tuned states are told apart by ("lora", "lora (seed 1)"), to the hash of the adapter."""
+    adapters: dict[str, tuple[str, ...]]
+    """What methods on tuned states are told apart by ("lora", "lora (3e-4)"), to the hashes of the adapters that stand
+    for it: one, or several that differ in the seed alone."""
     backbone_files: str = ""
     """Hashes of the LLM's files, short; empty where the report does not say."""
+    tuning: Tuning | None = None
+    """Of a single report; None for a frozen LLM, and where the report does not say."""
 
 
 def load_report(source: Source, *, average: bool = False) -> Place:
@@ -137,7 +152,7 @@ def load_report(source: Source, *, average: bool = False) -> Place:
                     if np.ptp(line) == 0
                 ]
                 values = values.mean(axis=0, keepdims=True)
-                metrics = _figures(predictions.target, values, (low, high))
+                metrics = figures_of(predictions.target, values, (low, high))
             seconds = _head_seconds(group)
             entries.append(
                 Entry(
@@ -145,11 +160,11 @@ def load_report(source: Source, *, average: bool = False) -> Place:
                     seeds=tuple(cell["seed"] for cell in cells) if together == 1 else (0,),
                     predictions=values,
                     metrics=metrics,
-                    parameters=_sum(together * group["parameters"], tuned["parameters"]),
+                    parameters=sum_if_known([together * group["parameters"], tuned["parameters"]]),
                     extras={
                         **{name: group.get(name) for name in EXTRAS},
                         **({"seconds_per_1000_rows": None} if together > 1 else {}),
-                        "train_seconds": _sum(together * seconds if seconds is not None else None, tuned["seconds"]),
+                        "train_seconds": sum_if_known([*[seconds] * together, tuned["seconds"]]),
                     },
                     averaged_seeds=together,
                     note=group.get("note", ""),
@@ -179,8 +194,9 @@ def load_report(source: Source, *, average: bool = False) -> Place:
             notes=notes,
             source=path,
             learned_from={name: meta[name] for name in LEARNED_FROM if name in meta},
-            adapters={_named(adapter, source.variant): str(meta["adapter"])} if adapter else {},
+            adapters={_named(adapter, source.variant): (str(meta["adapter"]),)} if adapter else {},
             backbone_files=str(meta.get(BACKBONE_FILES, "")),
+            tuning=_tuning(meta),
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise _damaged(path, repr(error)) from None
@@ -206,6 +222,12 @@ def tuning_costs(meta: dict[str, Any]) -> dict[str, int | float | None]:
         "parameters": _integer(meta.get("adapter parameters")),
         "seconds": float(str(seconds).replace(",", "")) if seconds is not None else None,
     }
+
+
+def _tuning(meta: dict[str, Any]) -> Tuning | None:
+    if not meta.get("adapter") or "adapter kind" not in meta:
+        return None
+    return Tuning(str(meta["adapter kind"]), int(meta["adapter seed"]))
 
 
 def _head_seconds(group: dict[str, Any]) -> float | None:
@@ -286,10 +308,6 @@ def _integer(value: object) -> int | None:
     return int(str(value).replace(",", "")) if value is not None else None
 
 
-def _sum(first: Any, second: Any) -> Any:
-    return first + second if first is not None and second is not None else None
-
-
 def _estimate(value: dict[str, Any]) -> Estimate:
     def number(item: float | None) -> float:
         return math.nan if item is None else float(item)
@@ -298,13 +316,10 @@ def _estimate(value: dict[str, Any]) -> Estimate:
     return {"mean": number(value["mean"]), "sd": number(value["sd"]), "ci95": (number(low), number(high))}
 
 
-def _figures(target: Array, values: Array, label_range: tuple[float, float]) -> dict[str, Estimate]:
-    """Of one line of predictions (1, N)."""
-    limits = intervals(target, values, label_range)
-    return {
-        name: {"mean": value, "sd": math.nan, "ci95": limits[name]}
-        for name, value in score(target, values[0], label_range).items()
-    }
+def figures_of(target: Array, values: Array, label_range: tuple[float, float]) -> dict[str, Estimate]:
+    """Of predictions (S, N) of S seeds."""
+    scores = [score(target, line, label_range) for line in values]
+    return estimates(scores, intervals(target, values, label_range))
 
 
 def _refuse_other_figures(

@@ -9,6 +9,7 @@ from .compare import Comparison
 from .compare_duels import BEST_RIVAL, Duel
 from .compare_methods import CONTENDERS
 from .compare_read import Entry
+from .significance import Seed
 from .summary import flattering
 
 
@@ -41,7 +42,7 @@ def remarks(comparison: Comparison) -> list[str]:
             "answers, or the head that was tuned with it, predicts as it does alone. Layers, depths and rivals are "
             "chosen by the means of the seeds' own validation figures."
         )
-    if any(place.adapters for place in comparison.places):
+    if any(len(adapters) == 1 for place in comparison.places for adapters in place.adapters.values()):
         found.append(
             "An adapter is one training of the LLM: deviations and tests are over heads on its states, seeds and rows, "
             "and say nothing of another training."
@@ -57,11 +58,19 @@ def remarks(comparison: Comparison) -> list[str]:
         flattered = {flattering(place.split, entry.validated_on) for entry in place.entries} - {""}
         found += [f"{where}: {clause}." for clause in flattered]
         found += [f"{where}: {note.rstrip('.')}." for note in place.notes]
-        most = max((entry.seed_count for entry in place.entries), default=1)
-        fewer = [e for e in place.entries if e.seed_count < most and e.method.has_seeds]
-        if fewer:
-            told = ", ".join(f"{e.method.label} ({e.seed_count})" for e in fewer)
-            found.append(f"{where}: fewer seeds than {most} stand behind {told}.")
+        found += [
+            f"{where}: methods on {name} are of {len(adapters)} tunings of the LLM that differ in the seed alone; each "
+            "head on the states of each counts as a seed."
+            for name, adapters in place.adapters.items()
+            if len(adapters) > 1
+        ]
+        for tunings in sorted({entry.tunings for entry in place.entries}):
+            own = [entry for entry in place.entries if entry.tunings == tunings]
+            most = max(entry.seed_count for entry in own)
+            fewer = [e for e in own if e.seed_count < most and e.method.has_seeds]
+            if fewer:
+                told = ", ".join(f"{e.method.label} ({e.seed_count})" for e in fewer)
+                found.append(f"{where}: fewer seeds than {most} stand behind {told}.")
         by_note: dict[str, list[str]] = {}  # means and medians of the same answers have the same one
         for entry in place.entries:
             by_note.setdefault(entry.note.rstrip("."), []).append(entry.method.label)
@@ -69,7 +78,7 @@ def remarks(comparison: Comparison) -> list[str]:
         for entry in place.entries:
             label, seeds = entry.method.label, constant_seeds(entry)
             if seeds:
-                which = f" of seed {', '.join(map(str, seeds))}" if len(entry.seeds) > 1 else ""
+                which = f" of seed {', '.join(map(_seed_words, seeds))}" if len(entry.seeds) > 1 else ""
                 found.append(f"{where}: {label} has no correlation: all predictions{which} are the same.")
     by_test = sorted({(d.dataset, d.backbone) for d in comparison.rivals if d.by == "test"})
     if by_test:
@@ -80,7 +89,11 @@ def remarks(comparison: Comparison) -> list[str]:
     return found
 
 
-def constant_seeds(entry: Entry) -> list[int]:
+def _seed_words(seed: Seed) -> str:
+    return f"{seed[1]} on the tuning with seed {seed[0]}" if isinstance(seed, tuple) else str(seed)
+
+
+def constant_seeds(entry: Entry) -> list[Seed]:
     """The seeds that predict one score for all rows, which is why a method has no correlation."""
     return [seed for seed, values in zip(entry.seeds, entry.predictions, strict=True) if np.ptp(values) == 0]
 

@@ -24,6 +24,8 @@ from .bootstrap import quantile_interval
 from .weighted import WeightedPair
 
 Array = NDArray[np.float64]
+Seed = int | tuple[int, int]
+"""Of a head; of the tuning and of the head on its states, where several tunings of an LLM stand for one method."""
 ALPHA = 0.05
 """Level at which a difference counts as a win or a loss, after Holm's correction."""
 _BLOCK = 65_536  # weights at a time, so that a handful of such arrays fits the processor's caches
@@ -44,14 +46,14 @@ class Difference:
     """Two-sided, of the permutation test."""
 
 
-def pair_seeds(ours: Sequence[int], theirs: Sequence[int]) -> tuple[list[int], list[int]]:
+def pair_seeds(ours: Sequence[Seed], theirs: Sequence[Seed]) -> tuple[list[int], list[int]]:
     """Which of our predictions is compared with which of theirs: places in `ours` and in `theirs`.
 
     The same seeds belong together. Where a side has others, as a closed form or a decoded answer has one alone, and as
     where a seed diverged, each is compared with each: the mean over the pairs is then still the difference of the
     means over all seeds.
     """
-    if sorted(ours) == sorted(theirs):
+    if set(ours) == set(theirs):
         return list(range(len(ours))), [list(theirs).index(seed) for seed in ours]
     pairs = list(product(range(len(ours)), range(len(theirs))))
     return [one for one, _ in pairs], [other for _, other in pairs]

@@ -217,16 +217,12 @@ def summarise(
 
     groups = []
     for (head, depth), places in members.items():
-        limits = intervals(target, predictions[places], label_range)
-        estimates = {
-            name: _estimate(np.array([cells[place].metrics[name] for place in places]), limits[name])
-            for name in METRICS
-        }
         own = [cells[place] for place in places]
-        extras = {name: _mean([cell.extras[name] for cell in own]) for name in EXTRAS}
+        figures = estimates([cell.metrics for cell in own], intervals(target, predictions[places], label_range))
+        extras = {name: mean_if_known([cell.extras[name] for cell in own]) for name in EXTRAS}
         note = "; ".join(dict.fromkeys(cell.note for cell in own if cell.note))
         averaged = score(target, predictions[places].mean(axis=0), label_range) if len(places) > 1 else None
-        groups.append(Summary(head, depth, len(places), own[0].parameters, estimates, extras, note, averaged))
+        groups.append(Summary(head, depth, len(places), own[0].parameters, figures, extras, note, averaged))
     return Results(
         split=split,
         label_range=(float(label_range[0]), float(label_range[1])),
@@ -241,14 +237,25 @@ def summarise(
     )
 
 
-def _estimate(values: NDArray[np.float64], limits: tuple[float, float]) -> Estimate:
-    sd = float(values.std(ddof=1)) if len(values) > 1 else math.nan
-    return {"mean": float(values.mean()), "sd": sd, "ci95": limits}
+def estimates(scores: Sequence[Mapping[str, float]], limits: Mapping[str, tuple[float, float]]) -> dict[str, Estimate]:
+    """Mean and deviation of each of METRICS over the scores of several seeds, beside the interval of the mean."""
+    found: dict[str, Estimate] = {}
+    for name in METRICS:
+        values = np.array([one[name] for one in scores])
+        sd = float(values.std(ddof=1)) if len(values) > 1 else math.nan
+        found[name] = {"mean": float(values.mean()), "sd": sd, "ci95": limits[name]}
+    return found
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def mean_if_known(values: Sequence[float | None]) -> float | None:
+    """The mean of values that are all known; else None."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if len(known) == len(values) else None
+
+
+def sum_if_known(values: Sequence[Any]) -> Any:
+    """The sum of numbers that are all known; else None."""
+    return None if None in values else sum(values)
 
 
 def group_label(head: str, depth: int) -> str:

@@ -1,5 +1,6 @@
 """Adapters: LoRA weights in peft's format, checked against the backbone they belong to, and merged into it."""
 
+import hashlib
 import json
 import re
 import warnings
@@ -48,6 +49,21 @@ class Adapter:
     def method(self) -> str | None:
         """lora or raft; None for an adapter that something else than relish made."""
         return self.tuned["settings"]["method"] if self.tuned is not None else None
+
+    @property
+    def kind(self) -> str | None:
+        """A hash of all that it depends on but the seed, which tunings of one recipe on the same rows have in common.
+
+        None for an adapter that something else than relish made.
+        """
+        if self.tuned is None:
+            return None
+        named = ("model", "revision", "task", "seed")  # names of the same files and rows, which the hashes tell
+        parts = {
+            part: {name: value for name, value in self.tuned[part].items() if name not in named}
+            for part in ("base", "texts", "data", "settings")
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def refuse_other_base(self, files: BackboneFiles) -> None:
         """Check that a backbone is the one it was made on, as far as its files tell; `merge_adapter` checks shapes.

@@ -317,12 +317,14 @@ def made_by(backbone: Backbone) -> dict[str, str]:
 
 def _made_with(backbone: Backbone) -> dict[str, str]:
     """What tables say of a loaded backbone: its size, how its adapter was tuned, and what that took."""
-    tuned = backbone.adapter.tuned if backbone.adapter is not None else None
+    adapter = backbone.adapter
     facts = {"parameters": f"{backbone.parameters:,}"}
-    if tuned is not None:
-        settings = tuned["settings"]
+    if adapter is not None and adapter.tuned is not None and adapter.kind is not None:
+        tuned, settings = adapter.tuned, adapter.tuned["settings"]
         facts["adapter_method"] = settings["method"]
         facts["adapter_recipe"] = f"lr {settings['lr']:g}, {settings['epochs']} epochs, seed {settings['seed']}"
+        facts["adapter_kind"] = adapter.kind[:16]
+        facts["adapter_seed"] = str(settings["seed"])
         facts["adapter_rows"] = f"{tuned['data']['train_rows']:,}"
         facts["adapter_parameters"] = f"{tuned['trainable_parameters']:,}"
         facts["adapter_seconds"] = f"{tuned['seconds']:,}"

@@ -187,6 +187,17 @@ def test_the_cache_says_what_the_adapter_took(tuned, tiny_model, tiny_rows, tmp_
     assert not [name for name in frozen if name.startswith("adapter")]
 
 
+def test_what_differs_in_the_seed_alone_is_of_one_kind(tuned, plain, tune_settings, tiny_model, tiny_rows, tmp_path):
+    kind = read_adapter(tuned()).kind
+    for name, change in (("seed", {"seed": 1}), ("lr", {"lr": 5e-4}), ("rows", {"rows": 16})):
+        tune_adapter(tmp_path / name, tune_settings(**change))
+        assert (read_adapter(tmp_path / name).kind == kind) == (name == "seed")
+    assert read_adapter(plain()).kind is None
+    extract_cache(tmp_path / "c", extraction(tiny_model, tiny_rows, tmp_path / "seed"))
+    made_by = open_cache(tmp_path / "c").manifest.made_by
+    assert (made_by["adapter_kind"], made_by["adapter_seed"]) == (kind[:16], "1")
+
+
 def test_a_copy_under_another_name_is_the_same_adapter(tuned, plain, tiny_model, tiny_rows, tmp_path):
     copy = shutil.copytree(tuned(), tmp_path / "elsewhere")
     assert read_adapter(copy).sha256 == read_adapter(tuned()).sha256

@@ -68,10 +68,8 @@ def _pooled(reports: Sequence[Place], *, average: bool) -> list[Place]:
         if report.tuning is None:
             groups[number] = {0: report}
             continue
-        rows = tuple(sorted(report.learned_from.items()))
-        key = (report.dataset, report.backbone, report.backbone_files, *report.adapters, report.tuning.kind, rows)
-        layers = tuple(dict.fromkeys(entry.layer for entry in report.entries))
-        tunings, seed = groups.setdefault((*key, layers), {}), report.tuning.seed
+        key = (report.dataset, report.backbone, *report.adapters, report.tuning.about)
+        tunings, seed = groups.setdefault(key, {}), report.tuning.seed
         tunings[seed] = _join(tunings[seed], report) if seed in tunings else report
     return [
         pool_tunings(tunings, average=average) if len(tunings) > 1 else next(iter(tunings.values()))
@@ -121,8 +119,9 @@ def _refuse_other_adapter(place: Place, report: Place) -> None:
             hashes = " and ".join(", ".join(f"{one[:12]}…" for one in adapters) for adapters in (other, have))
             raise RunError(
                 f"{report.source} and {place.source} are of different adapters, all called {name} ({hashes}); tell "
-                f"them apart by a third name: ,,NAME={report.source}. Tunings that differ in the seed alone are one "
-                "method, if each has a report of each layer."
+                f"them apart by a third name: ,,NAME={report.source}. Tunings are one method if nothing but the "
+                "seed differs: the same recipes and rows, a report of each layer from each, and caches that were "
+                "extracted by this version or a later one."
             )
 
 

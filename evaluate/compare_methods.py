@@ -46,6 +46,11 @@ class Method:
         return self.head in HEADS and self.head not in CLOSED_FORM
 
     @property
+    def states(self) -> str:
+        """What the LLM was fine-tuned with, as `label` says it; empty for the frozen LLM."""
+        return name_states(self.adapter, self.variant) if self.adapter else ""
+
+    @property
     def label(self) -> str:
         """How tables and text call it; no two methods of a comparison have the same."""
         on = f" on {self.adapter}" if self.adapter else ""
@@ -55,3 +60,8 @@ class Method:
     def order(self) -> tuple[int, str, str, str, int]:
         """Sorts methods as the tables show them."""
         return list(FAMILIES).index(self.family), self.adapter, self.variant, self.head, self.depth
+
+
+def name_states(adapter: str, variant: str) -> str:
+    """`lora (variant)`."""
+    return f"{adapter} ({variant})" if variant else adapter

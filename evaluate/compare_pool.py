@@ -17,20 +17,32 @@ def pool_tunings(tunings: dict[int, Place], *, average: bool) -> Place:
         tunings: the reports of each at one layer, by the seed of the tuning.
         average: whether a method predicts the mean over its seeds: then over those of all tunings, and costs them all.
     """
+    tunings = dict(sorted(tunings.items()))  # so that the order of the reports has no part in anything
     first = next(iter(tunings.values()))
     members: dict[Method, dict[int, Entry]] = {}
+    notes: dict[str, list[int]] = {}
     for seed, place in tunings.items():
         for entry in place.entries:
             members.setdefault(entry.method, {})[seed] = entry
+        for note in [*place.notes, *(_constant(place) if average else [])]:
+            notes.setdefault(note, []).append(seed)
     pool = _averaged if average else _side_by_side
-    adapters = {name: tuple(sorted({p.adapters[name][0] for p in tunings.values()})) for name in first.adapters}
     return replace(
         first,
-        entries=[replace(pool(own, first.target, first.label_range), tunings=len(tunings)) for own in members.values()],
-        notes=[f"tuning with seed {seed}: {note}" for seed, place in tunings.items() for note in place.notes],
-        adapters=adapters,
+        entries=[pool(own, first.target, first.label_range) for own in members.values()],
+        notes=[_of_tunings(note, seeds, len(tunings)) for note, seeds in notes.items()],
+        adapters={name: tuple(sorted({p.adapters[name][0] for p in tunings.values()})) for name in first.adapters},
         tuning=None,
     )
+
+
+def _constant(place: Place) -> list[str]:
+    """What averages over seeds say of a seed, of methods that have one in each tuning."""
+    return [
+        f"{entry.method.label} predicts one score for all rows, and is part of the mean"
+        for entry in place.entries
+        if entry.averaged_seeds == 1 and np.ptp(entry.predictions) == 0
+    ]
 
 
 def _side_by_side(entries: dict[int, Entry], target: Array, label_range: tuple[float, float]) -> Entry:
@@ -43,6 +55,7 @@ def _side_by_side(entries: dict[int, Entry], target: Array, label_range: tuple[f
         metrics=figures_of(target, predictions, label_range),
         extras=_mean_extras(own),
         note=_notes(entries),
+        tunings=len(own),
     )
 
 
@@ -63,6 +76,7 @@ def _averaged(entries: dict[int, Entry], target: Array, label_range: tuple[float
         extras={**_mean_extras(own), **costs},
         averaged_seeds=sum(seeds),
         note=_notes(entries),
+        tunings=len(own),
     )
 
 
@@ -72,8 +86,13 @@ def _mean_extras(entries: Sequence[Entry]) -> dict[str, float | None]:
 
 
 def _notes(entries: dict[int, Entry]) -> str:
-    """One that all tunings have, as it stands; others with the tuning that they are of."""
-    notes = [entry.note for entry in entries.values()]
-    if len(set(notes)) == 1:
-        return notes[0]
-    return "; ".join(f"tuning with seed {seed}: {entry.note}" for seed, entry in entries.items() if entry.note)
+    notes: dict[str, list[int]] = {}
+    for seed, entry in entries.items():
+        if entry.note:
+            notes.setdefault(entry.note, []).append(seed)
+    return "; ".join(_of_tunings(note, seeds, len(entries)) for note, seeds in notes.items())
+
+
+def _of_tunings(note: str, seeds: Sequence[int], tunings: int) -> str:
+    """A note that all tunings have, as it stands; another with those that it is of."""
+    return note if len(seeds) == tunings else f"tuning with seed {', '.join(map(str, seeds))}: {note}"

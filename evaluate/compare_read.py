@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ..cache.errors import RunError
 from ..train.metrics import METRICS, label_width, score
 from .bootstrap import intervals
-from .compare_methods import Method
+from .compare_methods import Method, name_states
 from .significance import Seed
 from .summary import BACKBONE_FILES, EXTRAS, LEARNED_FROM, VALIDATED_ON, Estimate, estimates, sum_if_known
 
@@ -58,7 +58,7 @@ class Entry:
     validated_on: str = ""
     """Which rows its validation figures are of, as the report says it."""
     tunings: int = 1
-    """How many of the LLM, which differ in the seed alone, its heads are on; 1 for a frozen LLM too."""
+    """How many of the LLM, which differ in the seed alone, its predictions are of; 1 for a frozen LLM too."""
     rejected: tuple["Entry", ...] = ()
     """The same method at layers of other reports, where its validation figures are worse."""
 
@@ -70,11 +70,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Tuning:
-    """How the adapter of a report was made, as far as the report says it."""
+    """Of the adapter of one report, as far as the report says it."""
 
-    kind: str
-    """A hash of all that it depends on but the seed."""
     seed: int
+    about: str
+    """All that the report says but that seed and what depends on it: the recipes of tuning and heads, rows, layer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +164,9 @@ def load_report(source: Source, *, average: bool = False) -> Place:
                     extras={
                         **{name: group.get(name) for name in EXTRAS},
                         **({"seconds_per_1000_rows": None} if together > 1 else {}),
-                        "train_seconds": sum_if_known([*[seconds] * together, tuned["seconds"]]),
+                        "train_seconds": sum_if_known(
+                            [together * seconds if seconds is not None else None, tuned["seconds"]]
+                        ),
                     },
                     averaged_seeds=together,
                     note=group.get("note", ""),
@@ -174,7 +176,7 @@ def load_report(source: Source, *, average: bool = False) -> Place:
             )
         learned, tuned_on = meta.get("training rows"), _integer(meta.get("adapter rows"))
         if None not in (learned, tuned_on) and learned != tuned_on:
-            name = _named(adapter, source.variant)
+            name = name_states(adapter, source.variant)
             notes.append(f"{name}: the LLM was tuned on {tuned_on:,} rows, and heads on its states on {learned:,}")
         for cell in results["cells"]:
             if "status" in cell:
@@ -194,7 +196,7 @@ def load_report(source: Source, *, average: bool = False) -> Place:
             notes=notes,
             source=path,
             learned_from={name: meta[name] for name in LEARNED_FROM if name in meta},
-            adapters={_named(adapter, source.variant): (str(meta["adapter"]),)} if adapter else {},
+            adapters={name_states(adapter, source.variant): (str(meta["adapter"]),)} if adapter else {},
             backbone_files=str(meta.get(BACKBONE_FILES, "")),
             tuning=_tuning(meta),
         )
@@ -209,10 +211,6 @@ def adapter_name(meta: dict[str, Any]) -> str:
     return str(meta.get("adapter method") or "tuned")
 
 
-def _named(adapter: str, variant: str) -> str:
-    return f"{adapter} ({variant})" if variant else adapter
-
-
 def tuning_costs(meta: dict[str, Any]) -> dict[str, int | float | None]:
     """What the adapter adds to what a head costs: "parameters" and "seconds"; 0 without one, None if not known."""
     if not meta.get("adapter"):
@@ -224,10 +222,20 @@ def tuning_costs(meta: dict[str, Any]) -> dict[str, int | float | None]:
     }
 
 
+_MAY_DIFFER = ("adapter", "adapter recipe", "adapter seed", "adapter seconds", "relish", "torch", "device")
+_NAMES = ("task", "model", "revision")  # of the same rows and files, of which there are hashes
+
+
 def _tuning(meta: dict[str, Any]) -> Tuning | None:
-    if not meta.get("adapter") or "adapter kind" not in meta:
+    kind, seed = meta.get("adapter kind"), meta.get("adapter seed")
+    if not meta.get("adapter") or None in (kind, seed):
         return None
-    return Tuning(str(meta["adapter kind"]), int(meta["adapter seed"]))
+    about = {
+        name: value
+        for name, value in meta.items()
+        if name not in (*_MAY_DIFFER, *_NAMES) and not name.startswith("layer mix of ")
+    }
+    return Tuning(int(str(seed)), json.dumps(about, sort_keys=True))
 
 
 def _head_seconds(group: dict[str, Any]) -> float | None:

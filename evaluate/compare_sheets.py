@@ -222,7 +222,7 @@ def _costs(comparison: Comparison, backbone: str) -> Sheet:
     over, trained, together = "data sets and seeds", "one seed", ""
     if comparison.average_seeds:
         over, trained = "data sets", "all seeds"
-        together = " (not known where seeds are averaged: the LLM once, and each head)"
+        together = " (not known where seeds are averaged: the LLM once for each tuning, and each head)"
     caption = (
         f"{about}Means over {over}, of the parameters the largest; seconds are wall time on the machines that ran each "
         f"step, beside whatever else they ran. Per 1,000 rows: the LLM's forward passes and the head, or decoding"

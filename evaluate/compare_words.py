@@ -8,7 +8,7 @@ from ..train.metrics import HIGHER_IS_BETTER, METRIC_NAMES, PAPER_METRICS
 from .compare import Comparison
 from .compare_duels import BEST_RIVAL, Duel
 from .compare_methods import CONTENDERS
-from .compare_read import Entry
+from .compare_read import Entry, Place
 from .significance import Seed
 from .summary import flattering
 
@@ -38,9 +38,9 @@ def remarks(comparison: Comparison) -> list[str]:
     found = []
     if comparison.average_seeds:
         found.append(
-            "Each method predicts the mean over its seeds; one of a single seed, such as a closed form, an LLM that "
-            "answers, or the head that was tuned with it, predicts as it does alone. Layers, depths and rivals are "
-            "chosen by the means of the seeds' own validation figures."
+            "Each method predicts the mean over its seeds; one of a single seed and tuning, such as a closed form, an "
+            "LLM that answers, or the head that was tuned with it, predicts as it does alone. Layers, depths and "
+            "rivals are chosen by the means of the seeds' own validation figures."
         )
     if any(len(adapters) == 1 for place in comparison.places for adapters in place.adapters.values()):
         found.append(
@@ -64,13 +64,7 @@ def remarks(comparison: Comparison) -> list[str]:
             for name, adapters in place.adapters.items()
             if len(adapters) > 1
         ]
-        for tunings in sorted({entry.tunings for entry in place.entries}):
-            own = [entry for entry in place.entries if entry.tunings == tunings]
-            most = max(entry.seed_count for entry in own)
-            fewer = [e for e in own if e.seed_count < most and e.method.has_seeds]
-            if fewer:
-                told = ", ".join(f"{e.method.label} ({e.seed_count})" for e in fewer)
-                found.append(f"{where}: fewer seeds than {most} stand behind {told}.")
+        found += [f"{where}: {sentence}" for sentence in _fewer(place)]
         by_note: dict[str, list[str]] = {}  # means and medians of the same answers have the same one
         for entry in place.entries:
             by_note.setdefault(entry.note.rstrip("."), []).append(entry.method.label)
@@ -86,6 +80,25 @@ def remarks(comparison: Comparison) -> list[str]:
             "The best rival was chosen with the help of test figures, which favours the rival, where some rivals have "
             f"no validation figures: {', '.join(f'{dataset} with {backbone}' for dataset, backbone in by_test)}."
         )
+    return found
+
+
+def _fewer(place: Place) -> list[str]:
+    """Which methods stand on fewer seeds, or tunings, than others."""
+    pooled = {states: len(adapters) for states, adapters in place.adapters.items() if len(adapters) > 1}
+    groups: dict[str, list[Entry]] = {}  # of each LLM that was tuned several times, and of all others
+    for entry in place.entries:
+        groups.setdefault(entry.method.states if entry.method.states in pooled else "", []).append(entry)
+    found = []
+    for states, entries in groups.items():
+        most = max(entry.seed_count for entry in entries)
+        seeds = [(e, e.seed_count) for e in entries if e.seed_count < most and e.method.has_seeds]
+        tunings = [(e, e.tunings) for e in entries if e.tunings < pooled.get(states, 1)]
+        found += [
+            f"fewer {what} than {of} stand behind {', '.join(f'{e.method.label} ({number})' for e, number in fewer)}."
+            for what, of, fewer in (("seeds", most, seeds), ("tunings", pooled.get(states, 1), tunings))
+            if fewer
+        ]
     return found
 
 

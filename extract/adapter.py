@@ -23,6 +23,10 @@ TUNED = "tune.json"
 """What `relish tune` writes last: a folder that has it is finished."""
 CHECKPOINT = "checkpoint.safetensors"
 """What an unfinished one goes on from."""
+SETUP = ("base", "texts", "data", "settings")
+"""The parts of tune.json that say what an adapter depends on."""
+NAMES = ("model", "revision", "task")
+"""Of these, what names files and rows whose hashes are there too."""
 FORMAT = "relish adapter"
 VERSION = 2
 _BACKBONES_OWN = (".base_layer.weight", ".base_layer.bias")
@@ -49,21 +53,6 @@ class Adapter:
     def method(self) -> str | None:
         """lora or raft; None for an adapter that something else than relish made."""
         return self.tuned["settings"]["method"] if self.tuned is not None else None
-
-    @property
-    def kind(self) -> str | None:
-        """A hash of all that it depends on but the seed, which tunings of one recipe on the same rows have in common.
-
-        None for an adapter that something else than relish made.
-        """
-        if self.tuned is None:
-            return None
-        named = ("model", "revision", "task", "seed")  # names of the same files and rows, which the hashes tell
-        parts = {
-            part: {name: value for name, value in self.tuned[part].items() if name not in named}
-            for part in ("base", "texts", "data", "settings")
-        }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def refuse_other_base(self, files: BackboneFiles) -> None:
         """Check that a backbone is the one it was made on, as far as its files tell; `merge_adapter` checks shapes.
@@ -248,6 +237,17 @@ def read_tuned(folder: Path) -> dict[str, Any] | None:
         )
     except FileNotFoundError:
         return None
+
+
+def tuning_kind(tuned: dict[str, Any]) -> str:
+    """A hash of all of tune.json that an adapter depends on but the seed.
+
+    Tunings by one recipe, of one backbone and on the same rows, have it in common.
+    """
+    parts = {
+        part: {name: value for name, value in tuned[part].items() if name not in (*NAMES, "seed")} for part in SETUP
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def adapter_hash(folder: Path) -> str:

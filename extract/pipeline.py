@@ -17,7 +17,7 @@ from ..cache.manifest import SkippedRow
 from ..cache.speed import add_speed
 from ..cache.validation import VALIDATION_NAMES
 from ..cache.writer import CacheWriter, SplitRows, SplitWriter, manifest_to_resume
-from .adapter import open_adapter
+from .adapter import open_adapter, tuning_kind
 from .backbone import Backbone
 from .batches import Budget, run_in_batches
 from .files import find_backbone
@@ -317,13 +317,13 @@ def made_by(backbone: Backbone) -> dict[str, str]:
 
 def _made_with(backbone: Backbone) -> dict[str, str]:
     """What tables say of a loaded backbone: its size, how its adapter was tuned, and what that took."""
-    adapter = backbone.adapter
+    tuned = backbone.adapter.tuned if backbone.adapter is not None else None
     facts = {"parameters": f"{backbone.parameters:,}"}
-    if adapter is not None and adapter.tuned is not None and adapter.kind is not None:
-        tuned, settings = adapter.tuned, adapter.tuned["settings"]
+    if tuned is not None:
+        settings = tuned["settings"]
         facts["adapter_method"] = settings["method"]
         facts["adapter_recipe"] = f"lr {settings['lr']:g}, {settings['epochs']} epochs, seed {settings['seed']}"
-        facts["adapter_kind"] = adapter.kind[:16]
+        facts["adapter_kind"] = tuning_kind(tuned)[:16]
         facts["adapter_seed"] = str(settings["seed"])
         facts["adapter_rows"] = f"{tuned['data']['train_rows']:,}"
         facts["adapter_parameters"] = f"{tuned['trainable_parameters']:,}"

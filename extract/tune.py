@@ -14,7 +14,19 @@ from ..cache.fileio import write_durably, writing_cache
 from ..cache.identity import name_differences
 from ..cache.jsonfile import sealed_text
 from ..cache.lock import LOCK, lock_folder
-from .adapter import CHECKPOINT, CONFIG, FORMAT, TUNED, VERSION, WEIGHTS, adapter_hash, read_adapter, read_tuned
+from .adapter import (
+    CHECKPOINT,
+    CONFIG,
+    FORMAT,
+    NAMES,
+    SETUP,
+    TUNED,
+    VERSION,
+    WEIGHTS,
+    adapter_hash,
+    read_adapter,
+    read_tuned,
+)
 from .backbone import Backbone
 from .files import find_backbone
 from .generator import refuse_encoder
@@ -295,10 +307,9 @@ def _setup(
 def _refuse_other_setup(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
     different = [
         (name, there[part][name], value)
-        for part in ("base", "texts", "data", "settings")
+        for part in SETUP
         for name, value in here[part].items()
-        # Names of the same files and rows: the hashes tell.
-        if name not in ("model", "revision", "task") and there[part][name] != value
+        if name not in NAMES and there[part][name] != value
     ]
     if different:
         raise AdapterError(

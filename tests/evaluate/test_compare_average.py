@@ -25,7 +25,7 @@ def test_seeds_are_averaged_where_that_is_asked_for(reports, tmp_path, run_cli):
     figures = json.loads((tmp_path / "c/comparison.json").read_text(encoding="utf-8"))
     assert figures["average_seeds"] is True
     assert "Figures × 100, of the mean prediction over a method's seeds, mean over" in shown.stdout
-    assert "Each method predicts the mean over its seeds; one of a single seed, such as" in shown.stdout
+    assert "Each method predicts the mean over its seeds; one of a single seed and tuning, such" in shown.stdout
     for place, folder in zip(figures["places"], reports, strict=True):
         groups = json.loads((folder / "results.json").read_text(encoding="utf-8"))["groups"]
         for method, group in zip(sorted(place["methods"], key=by_name), sorted(groups, key=by_name), strict=True):

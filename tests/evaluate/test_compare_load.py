@@ -173,7 +173,7 @@ def test_two_adapters_are_not_taken_for_layers_of_one(tmp_path):
         meta = {"layer": layer, "adapter": adapter, "adapter method": "lora"}
         write_report(tmp_path / name, grid(relish1=float(layer) / 20), meta=meta)
     sources = [Source(tmp_path / name) for name in ("15", "22", "30")]
-    told = r"22 and \S+15 are of different adapters, all called lora \(bbb… and aaa…\); .*: ,,NAME=\S+22\. Tunings that"
+    told = r"22 and \S+15 are of different adapters, all called lora \(bbb… and aaa…\); .*: ,,NAME=\S+22\. Tunings are"
     with pytest.raises(RunError, match=told):
         load_places(sources[:2])
     (place,) = load_places([sources[0], sources[2], Source(tmp_path / "22", variant="seed 1")])

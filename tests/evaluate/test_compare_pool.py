@@ -7,6 +7,7 @@ import pytest
 from scipy.stats import pearsonr
 
 from relish.cache.errors import RunError
+from relish.evaluate.bootstrap import intervals
 from relish.evaluate.compare import compare_reports
 from relish.evaluate.compare_load import load_places
 from relish.evaluate.compare_read import Source
@@ -23,16 +24,23 @@ from .reports import grid, write_report
 ERRORS = (0.5, 0.7, 0.6)
 
 
-def write_tuning(folder, seed, cells=None, *, layer="15", kind="k", rows="dev, 1a", adapter=None, **more):
+def edit(folder, change):
+    path = folder / "results.json"
+    results = json.loads(path.read_text())
+    change(results)
+    path.write_text(json.dumps(results))
+
+
+def write_tuning(folder, seed, cells=None, *, layer="15", adapter=None, **more):
     meta = {
         "layer": layer,
         "adapter": adapter or f"{seed}" * 64,
         "adapter method": "lora",
-        "adapter kind": kind,
+        "adapter kind": "k",
         "adapter seed": str(seed),
         "adapter parameters": "40,000",
         "adapter seconds": f"{100 * (seed + 1)}",
-        "validation data": rows,
+        "validation data": "dev, 1a",
     }
     error = ERRORS[seed]
     cells = cells or {**grid(relish1=error, ridge=1 + error), ("tuned-head", 0, 0): 2 * error}
@@ -60,7 +68,7 @@ def test_the_heads_on_all_tunings_are_seeds_of_one_method(tunings, tmp_path):
     own = [pearsonr(place.target, line)[0] for line in lines]
     figure = relish.metrics["pearson"]
     assert (figure["mean"], figure["sd"]) == pytest.approx((np.mean(own), np.std(own, ddof=1)))
-    assert figure["ci95"][0] < figure["mean"] < figure["ci95"][1]
+    assert figure["ci95"] == intervals(place.target, relish.predictions, place.label_range)["pearson"]
     assert relish.parameters == 2000 + 40_000
     assert relish.extras["train_seconds"] == pytest.approx(10 + 200)
     assert relish.extras["val_nrmse"] == pytest.approx(np.mean(ERRORS))
@@ -98,7 +106,7 @@ def test_layers_are_chosen_by_the_mean_over_all_tunings(tmp_path):
     (entry,) = place.entries
     assert (entry.layer, [other.layer for other in entry.rejected]) == ("15", ["22"])
     assert entry.extras["val_nrmse"] == pytest.approx(0.3)
-    with pytest.raises(RunError, match=r"are of different adapters, .*, if each has a report of each layer\.$"):
+    with pytest.raises(RunError, match=r"are of different adapters, .*, a report of each layer from each, "):
         load_places(sources[:3])
 
 
@@ -114,16 +122,59 @@ def test_a_tuning_may_have_several_reports_of_a_layer(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"kind": "another"}, {"rows": "dev, 2b"}, {"kind": "another", "adapter": "b" * 64}],
+    [
+        {"kind": "another"},
+        {"rows": "dev, 2b"},
+        {"loss": "huber"},
+        {"compute dtype": "bfloat16"},
+        {"adapter seed": None},
+    ],
 )
 def test_tunings_that_differ_in_more_are_refused_or_told_apart(tmp_path, change):
     first, _ = write_tuning(tmp_path / "a", 0)
-    other, _ = write_tuning(tmp_path / "b", 1, **change)
+    other, _ = write_tuning(tmp_path / "b", 1)
+    edit(tmp_path / "b", lambda results: results["meta"].update(change))
     told = r"b and \S+a are of different adapters, all called lora \(\w+… and 0{12}…\); tell them apart by a third name"
     with pytest.raises(RunError, match=told):
         load_places([first, other])
     (place,) = load_places([first, Source(other.path, variant="2")])
     assert {entry.tunings for entry in place.entries} == {1}
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_the_order_of_the_reports_has_no_part_in_it(tmp_path, average):
+    sources = [
+        write_tuning(tmp_path / f"{layer}-{seed}", seed, layer=layer)[0] for layer in ("15", "22") for seed in range(3)
+    ]
+    first, other = (load_places(given, average=average)[0] for given in (sources, [*sources[:3], *sources[:2:-1]]))
+    assert first.notes == other.notes
+    for ours, theirs in zip(first.entries, other.entries, strict=True):
+        assert (ours.method, ours.layer, ours.extras, ours.seeds) == (
+            theirs.method,
+            theirs.layer,
+            theirs.extras,
+            theirs.seeds,
+        )
+        np.testing.assert_array_equal(ours.predictions, theirs.predictions)
+
+
+def test_a_tuning_whose_heads_all_diverged_is_one_still(tmp_path):
+    first, _ = write_tuning(tmp_path / "a", 0, grid(relish1=0.5))
+    cells = grid(relish1=0.7)
+    other, _ = write_tuning(tmp_path / "b", 1, cells, status=dict.fromkeys(cells, "diverged"))
+    (place,) = load_places([first, other])
+    assert [(e.method.label, e.seed_count, e.tunings) for e in place.entries] == [("relish, L = 1 on lora", 3, 1)]
+    assert place.notes[0] == "tuning with seed 1: relish, L = 1 on lora, seed 0, does not count: diverged"
+    said = remarks(compare_reports([first, other], resamples=100))
+    assert "stsb with tiny: fewer tunings than 2 stand behind relish, L = 1 on lora (1)." in said
+
+
+@pytest.mark.parametrize("seed", [float("inf"), "first", True, [1]])
+def test_a_damaged_seed_of_a_tuning_is_damage(tmp_path, seed):
+    source, _ = write_tuning(tmp_path / "a", 0)
+    edit(tmp_path / "a", lambda results: results["meta"].update({"adapter seed": seed}))
+    with pytest.raises(RunError, match="the report .* cannot be used"):
+        load_places([source])
 
 
 def test_two_adapters_of_one_seed_are_no_two_seeds(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from relish.cache.errors import AdapterError, CacheError, MissingExtraError
 from relish.cache.manifest import load_manifest
 from relish.cache.reader import open_cache
-from relish.extract.adapter import open_adapter, read_adapter
+from relish.extract.adapter import open_adapter, read_adapter, read_tuned, tuning_kind
 from relish.extract.backbone import Backbone
 from relish.extract.files import BackboneFiles, find_backbone
 from relish.extract.pipeline import extract_cache
@@ -187,12 +187,11 @@ def test_the_cache_says_what_the_adapter_took(tuned, tiny_model, tiny_rows, tmp_
     assert not [name for name in frozen if name.startswith("adapter")]
 
 
-def test_what_differs_in_the_seed_alone_is_of_one_kind(tuned, plain, tune_settings, tiny_model, tiny_rows, tmp_path):
-    kind = read_adapter(tuned()).kind
+def test_what_differs_in_the_seed_alone_is_of_one_kind(tuned, tune_settings, tiny_model, tiny_rows, tmp_path):
+    kind = tuning_kind(read_tuned(tuned()))
     for name, change in (("seed", {"seed": 1}), ("lr", {"lr": 5e-4}), ("rows", {"rows": 16})):
         tune_adapter(tmp_path / name, tune_settings(**change))
-        assert (read_adapter(tmp_path / name).kind == kind) == (name == "seed")
-    assert read_adapter(plain()).kind is None
+        assert (tuning_kind(read_tuned(tmp_path / name)) == kind) == (name == "seed")
     extract_cache(tmp_path / "c", extraction(tiny_model, tiny_rows, tmp_path / "seed"))
     made_by = open_cache(tmp_path / "c").manifest.made_by
     assert (made_by["adapter_kind"], made_by["adapter_seed"]) == (kind[:16], "1")

@@ -34,6 +34,7 @@ def load_places(sources: Sequence[Source], *, average: bool = False) -> list[Pla
 
     Where reports are of several tunings of the LLM that differ in the seed alone, the heads on all of them are seeds of
     one method.
+
     Where reports of several layers hold a method, the one with the best mean validation NRMSE stands for it, and a note
     says so: the layer is chosen for each method by itself, as its learning rate would be.
 

@@ -8,6 +8,7 @@ Arrays are laid out (N, R), rows first, so that picking and adding rows moves wh
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -55,7 +56,7 @@ def intervals(
 
     means = np.zeros((len(METRICS), resamples))
     start = 0
-    for weights in _draws(rows, resamples, seed):
+    for weights in _blocks(rows, resamples, seed):
         stop = start + weights.shape[1]
         for pair in pairs:
             means[:, start:stop] += pair.metrics(weights, width) / len(pairs)
@@ -63,16 +64,19 @@ def intervals(
     return {name: quantile_interval(line) for name, line in zip(METRICS, means, strict=True)}
 
 
-def _draws(rows: int, resamples: int, seed: int) -> Iterator[Array]:
-    """Multiplicities (N, R) in blocks; each column sums to N. The draws do not depend on the block size."""
+def draws(rows: int, resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:
+    """For each resample how often each row is drawn, N out of N with replacement: (N,), adding up to N."""
     rng = np.random.default_rng(seed)
+    for _ in range(resamples):
+        yield np.bincount(rng.integers(rows, size=rows), minlength=rows)
+
+
+def _blocks(rows: int, resamples: int, seed: int) -> Iterator[Array]:
+    """Draws side by side, in blocks (N, R)."""
+    drawn = draws(rows, resamples, seed)
     block = min(64, max(1, _BLOCK_ELEMENTS // rows))
-    for start in range(0, resamples, block):
-        columns = min(block, resamples - start)
-        weights = np.empty((rows, columns))
-        for column in range(columns):
-            weights[:, column] = np.bincount(rng.integers(rows, size=rows), minlength=rows)
-        yield weights
+    while some := list(islice(drawn, block)):
+        yield np.stack(some, axis=1).astype(np.float64)
 
 
 def quantile_interval(values: Array) -> tuple[float, float]:

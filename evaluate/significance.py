@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
 from ..train.metrics import PAPER_METRICS, checked_pair, label_width
-from .bootstrap import quantile_interval
+from .bootstrap import draws, quantile_interval
 from .weighted import WeightedPair
 
 Array = NDArray[np.float64]
@@ -133,10 +133,9 @@ def swapped_differences(pairs: Sequence[WeightedPair], width: float, swaps: Arra
 
 def draw_rows(rows: int, resamples: int, seed: int = 0) -> NDArray[np.uint8]:
     """How often each row is drawn, N out of N with replacement: (R, N), the same as `bootstrap.intervals` draws."""
-    rng = np.random.default_rng(seed)
     drawn = np.empty((resamples, rows), dtype=np.uint8)  # a row is not drawn 256 times, of any N
-    for line in drawn:
-        line[:] = np.bincount(rng.integers(rows, size=rows), minlength=rows)
+    for line, counts in zip(drawn, draws(rows, resamples, seed), strict=True):
+        line[:] = counts
     return drawn
 
 

@@ -87,7 +87,7 @@ def test_mix_step(tmp_path):
     assert "| 16 | 8 | ragged |" in shown
 
 
-@pytest.mark.parametrize("name", ["comparison", "comparison-1000", "comparison-full", "comparison-si-en"])
+@pytest.mark.parametrize("name", ["comparison", "comparison-1000", "comparison-full"])
 def test_the_committed_tables_of_a_comparison_come_out_of_its_reports(name, tmp_path):
     kept = BENCHMARKS / "results" / name
     command = [sys.executable, BENCHMARKS / "comparison.py", tmp_path, "--kept", kept, "--tasks", ""]

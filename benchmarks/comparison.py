@@ -41,6 +41,7 @@ from comparison_plan import (
     sourced,
     tuned_steps,
 )
+from measure import machine
 from overview import overview
 from recipe_tables import LOSS, recipe_tables
 
@@ -60,6 +61,7 @@ FILES = {
 }
 STEPS = {"frozen": frozen_steps, "prompted": prompted_steps, "tuned": tuned_steps}
 PLAN = "plan.json"
+MACHINE = "machine.json"
 UNUSED = {
     "frozen": ("shots", "tuned_depths", "rates", "tune"),
     "prompted": ("layers", "depths", "depth", "tuned_depths", "seeds", "rates", "tune", "train"),
@@ -91,7 +93,8 @@ def write_csv(target: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def keep(steps: list[Step], plan: Plan, target: Path) -> None:
-    """Pack what a comparison reads of report folders into one file, how each adapter was tuned, and the plan."""
+    """Pack what a comparison reads of report folders into one file, how each adapter was tuned, the plan, and what the
+    machine that packs it is, and the commit."""
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_suffix(".part")
     with tarfile.open(part, "w:xz") as archive:
@@ -103,10 +106,11 @@ def keep(steps: list[Step], plan: Plan, target: Path) -> None:
                 files = [tuned]
             for file in files:
                 archive.add(file, f"{file.parent.name}/{file.name}")
-        content = json.dumps(asdict(plan)).encode()
-        entry = tarfile.TarInfo(PLAN)
-        entry.size = len(content)
-        archive.addfile(entry, io.BytesIO(content))
+        for name, told in ((PLAN, asdict(plan)), (MACHINE, machine())):
+            content = json.dumps(told).encode()
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
     part.replace(target)
 
 

@@ -7,13 +7,15 @@ from measure import table
 
 METRICS = {"pearson": "†", "spearman": "§", "nrmse": "¶"}
 """Those shown, and the mark of a method that is significantly better than RELISH."""
-_READ = {
+_ANSWERS = {
     "greedy-0shot": "greedy decoding, 0-shot",
     "greedy-128shot": "greedy decoding, many-shot",
     "rail-samples-0shot": "RAIL from 16 samples, 0-shot",
     "rail-samples-128shot": "RAIL from 16 samples, many-shot",
     "rail-0shot": "RAIL over the candidates, 0-shot",
     "rail-128shot": "RAIL over the candidates, many-shot",
+}
+_HEADS = {
     "ridge": "ridge, last token",
     "ridge-mean": "ridge, mean",
     "linear": "linear, mean",
@@ -24,12 +26,15 @@ _READ = {
     **{f"relish, L = {depth}": f"RELISH, L = {depth}" for depth in range(1, 6)},
 }
 NAMES = {
-    **_READ,
+    **_ANSWERS,
+    "rail-sum-0shot": "Σ p(y) y, 0-shot",
+    "rail-sum-128shot": "Σ p(y) y, many-shot",
+    **_HEADS,
     "RELISH, chosen": "RELISH, its depth by validation",
     "rail-sum-0shot on raft": "RAFT, Σ p(y) y",
-    **{f"{method} on raft": f"RAFT, then {name}" for method, name in _READ.items()},
+    **{f"{method} on raft": f"RAFT, then {name}" for method, name in {**_ANSWERS, **_HEADS}.items()},
     "tuned-head on lora": "LoRA and its linear head",
-    **{f"{method} on lora": f"LoRA, then {name}" for method, name in _READ.items()},
+    **{f"{method} on lora": f"LoRA, then {name}" for method, name in _HEADS.items()},
     "RELISH hybrid, chosen": "RELISH on tuned states, which by validation",
 }
 """Methods as `relish compare` calls them, and as people do, in the order of the tables."""
@@ -40,9 +45,9 @@ TITLES = {
     **{f"wmt-{pair}": f"WMT {pair}" for pair in ("en-zh", "ru-en", "si-en")},
 }
 """Data sets and LLMs, likewise."""
-LEFT_OUT = ("rail-median", "rail-samples-median", "rail-sum")
-"""How names of methods begin that are in comparison.md alone: those for the absolute error, and those that are
-stepping stones. Any other that has no name here is shown as it is called."""
+LEFT_OUT = ("rail-median", "rail-samples-median")
+"""How names of methods begin that are in comparison.md alone: those for the absolute error. Any other that has no name
+here is shown as it is called."""
 
 
 def overview(comparison: dict[str, Any]) -> str:

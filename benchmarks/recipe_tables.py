@@ -6,12 +6,15 @@ from typing import Any
 
 from measure import table
 
+STATES = ("frozen", "lora", "raft")
+"""How the names begin of reports of heads."""
 LOSS = "loss-report"
 """The report on the other loss, which is no part of the comparison."""
 
 
 def recipe_tables(homes: list[Path], heads_shown: list[str]) -> str:
-    """Markdown: the heads at each layer of the frozen LLM, and RELISH by either loss; validation / test NRMSE × 100.
+    """Markdown: the heads at each layer of the frozen and of the tuned LLM, and RELISH by either loss; validation /
+    test NRMSE × 100.
 
     And validation NRMSE × 100 of the tuned LLM, by method and rate.
     """
@@ -36,19 +39,20 @@ def recipe_tables(homes: list[Path], heads_shown: list[str]) -> str:
         if other is None:
             continue  # it diverged
         for name, report in reports.items():
-            if not name.startswith("frozen-"):
+            states = name.partition("-")[0]
+            if states not in STATES:
                 continue
             heads = {group["head"]: group for group in report["groups"] if group["depth"] in (0, other["depth"])}
             layer = report["meta"]["layer"]
-            layers.append([home.name, layer, *(_figures(heads.get(head)) for head in heads_shown)])
-            if layer == reports[LOSS]["meta"]["layer"] and "relish" in heads:
+            layers.append([home.name, states, layer, *(_figures(heads.get(head)) for head in heads_shown)])
+            if states == "frozen" and layer == reports[LOSS]["meta"]["layer"] and "relish" in heads:
                 figures = {report["meta"]["loss"]: heads["relish"], reports[LOSS]["meta"]["loss"]: other}
                 losses.append(
                     [home.name, layer, other["depth"], *(_figures(figures[loss]) for loss in ("huber", "mse"))]
                 )
     return (
         f"Validation / test NRMSE × 100, relish at the depth of the second table:\n\n"
-        f"{table(['', 'layer', *heads_shown], layers)}\n\n"
+        f"{table(['', 'LLM', 'layer', *heads_shown], layers)}\n\n"
         f"{table(['', 'layer', 'L', 'Huber', 'squared error'], losses)}\n\n"
         f"Validation NRMSE × 100 of the tuned LLM by its learning rate:\n\n{table(['', 'method', 'rates'], rates)}\n"
     )

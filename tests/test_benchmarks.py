@@ -129,6 +129,8 @@ def test_comparison(tmp_path):
         assert f"| stsb-tiny | {method} | {'; '.join(figures)} |" in recipe
     assert {"frozen-2-report", "loss-report"} <= {path.name for path in (work / "unpacked" / "stsb-tiny").iterdir()}
     assert "| stsb-tiny | 2 | 1 |" in recipe
+    assert all(f"| stsb-tiny | {states} | 2 |" in recipe for states in ("frozen", "lora", "raft"))
+    assert json.loads((work / "unpacked" / "stsb-tiny" / "machine.json").read_text())["commit"]
     glance = (work / "overview.md").read_text().splitlines()
     (own,) = (line for line in glance if line.startswith("| LoRA and its linear head | "))
     place = next(place for place in result["places"] if place["backbone"] == "model")

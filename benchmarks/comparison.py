@@ -3,6 +3,7 @@
     python benchmarks/comparison.py WORK --data DATA                    everything; hours per data set and backbone
     python benchmarks/comparison.py WORK --data DATA --tasks stsb --backbones smollm2 --parts frozen
     python benchmarks/comparison.py WORK --kept benchmarks/results/comparison --tasks ""    the tables of what is kept
+    python benchmarks/comparison.py WORK --data DATA --tuning-seeds 1,2 three trainings of each tuned LLM, not one
     python benchmarks/comparison.py WORK --data DATA --jobs 6           on a GPU: several commands at once
     python benchmarks/comparison.py --small --out comparison.json       a tiny version that only shows that it runs
 
@@ -63,8 +64,8 @@ STEPS = {"frozen": frozen_steps, "prompted": prompted_steps, "tuned": tuned_step
 PLAN = "plan.json"
 MACHINE = "machine.json"
 UNUSED = {
-    "frozen": ("shots", "tuned_depths", "rates", "tune"),
-    "prompted": ("layers", "depths", "depth", "tuned_depths", "seeds", "rates", "tune", "train"),
+    "frozen": ("shots", "tuned_depths", "rates", "tuning_seeds", "tune"),
+    "prompted": ("layers", "depths", "depth", "tuned_depths", "seeds", "rates", "tuning_seeds", "tune", "train"),
     "tuned": ("shots", "depths"),
 }
 """What of a plan a part does not depend on."""
@@ -122,6 +123,8 @@ def is_kept(target: Path, plan: Plan) -> bool:
         found = archive.extractfile(PLAN) if PLAN in archive.getnames() else None
         there = json.loads(found.read()) if found is not None else None
     here = json.loads(json.dumps(asdict(plan)))
+    if there is not None:
+        there = {**json.loads(json.dumps(asdict(Plan({})))), **there}  # what it does not name had no other value then
     without = UNUSED[target.name.removesuffix(".tar.xz").rpartition("-")[2]]
     names = [name for name in dict.fromkeys([*here, *(there or here)]) if name not in without]
     different = [name for name in names if there is not None and there.get(name) != here.get(name)]
@@ -154,6 +157,9 @@ def main() -> None:
     parser.add_argument(
         "--rates", default=",".join(Plan.rates), help="of tuning; the best on the validation rows is taken"
     )
+    parser.add_argument(
+        "--tuning-seeds", default="", help="such as 1,2: of further tunings, at the rate that is best with seed 0"
+    )
     parser.add_argument("--compute-dtype", default="auto", help="of the LLM, as relish extract has it")
     parser.add_argument("--kept", type=Path, help="folder for the reports of what is finished; taken from there, too")
     parser.add_argument("--jobs", type=int, default=1, help="commands at once; one leaves a GPU idle for the most")
@@ -171,10 +177,13 @@ def main() -> None:
         parser.error(f"--rows takes three numbers, of train, val and test, such as 2000,250,500; got {given.rows}")
     if not re.fullmatch(r"[\d.]+(e-?\d+)?(,[\d.]+(e-?\d+)?)*", given.rates):
         parser.error(f"--rates takes learning rates, such as 3e-4,1e-3; got {given.rates!r}")
+    if not re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", given.tuning_seeds):
+        parser.error(f"--tuning-seeds takes seeds beside 0, such as 1,2; got {given.tuning_seeds!r}")
     counts = dict(zip(("train", "val", "test"), map(int, given.rows.split(",")), strict=True))
     plan = Plan(
         counts,
         rates=tuple(given.rates.split(",")),
+        tuning_seeds=tuple(given.tuning_seeds.split(",")) if given.tuning_seeds else (),
         compute=("--compute-dtype", given.compute_dtype),
     )
     tasks = [task for task in given.tasks.split(",") if task]
@@ -241,6 +250,7 @@ def small_plan() -> Plan:
         seeds="0",
         depth="1",
         rates=("3e-4", "1e-3"),
+        tuning_seeds=("1",),
         tune=("--epochs", "1"),
         train=("--epochs", "1", "--latent-size", "8", "--num-heads", "2"),
     )

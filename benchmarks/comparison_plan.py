@@ -1,6 +1,7 @@
 """What the comparison runs: the commands of each of its parts."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,8 @@ class Plan:
     rates: tuple[str, ...] = ("3e-4", "1e-3", "2e-3")
     """Learning rates that each method of tuning has to choose from on each data set, by its validation rows. Heads have
     one rate and weight decay for all, found by one search for each (recipe-log.md)."""
+    tuning_seeds: tuple[str, ...] = ()
+    """Seeds of further tunings, at the rate that is best with seed 0; `relish compare` pools them."""
     tune: tuple[str, ...] = ()
     """More options of `relish tune`."""
     train: tuple[str, ...] = ()
@@ -53,6 +56,11 @@ class Cell:
     def step(self, name: str, words: list[str], *needs: str) -> Step:
         """A command of this cell, after others of it."""
         return Step(f"{self.tag}-{name}", words, tuple(f"{self.tag}-{other}" for other in needs))
+
+    def tune(self, adapter: str, method: str, *words: str, needs: tuple[str, ...] = ()) -> Step:
+        """A training of the LLM."""
+        own = ["tune", str(self.home / adapter), *self.source, "--method", method, *words]
+        return self.step(f"tune-{adapter}", own, *needs)
 
     def extract(self, cache: str, *words: str, needs: tuple[str, ...] = ()) -> Step:
         """The LLM's passes over the texts."""
@@ -91,31 +99,45 @@ def prompted_steps(cell: Cell, plan: Plan) -> list[Step]:
 
 
 def tuned_steps(cell: Cell, plan: Plan) -> list[Step]:
-    """Adapters at each rate, heads on the LLM with the best, and what the LLM that was tuned to answer does answer."""
+    """Adapters at each rate, heads on the LLM with the best, and what the LLM that was tuned to answer does answer; the
+    same once more for each further seed of the tuning."""
     found = []
     for method in METHODS:
         folders = {rate: cell.home / f"{method}-{rate}" for rate in plan.rates}
-        for rate, folder in folders.items():
-            words = ["tune", str(folder), *cell.source, "--method", method, "--lr", rate, *plan.tune]
-            found.append(replace(cell.step(f"tune-{method}-{rate}", words), may_fail=DIVERGED))
-        answers = "greedy,candidates" if method == "raft" else "regression"
-        words = ["--layers", plan.layers, "--readouts", answers]
-        extract = cell.extract(method, *words, needs=tuple(f"tune-{method}-{rate}" for rate in folders))
-        found += [
-            replace(extract, late=partial(_best, list(folders.values()))),
-            *each_layer(cell, method, plan.tuned_depths, plan),
-        ]
+        best = partial(_best, folders)
+        for rate in folders:
+            tune = cell.tune(f"{method}-{rate}", method, "--lr", rate, *plan.tune)
+            found.append(replace(tune, may_fail=DIVERGED))
+        rates = tuple(f"tune-{method}-{rate}" for rate in folders)
+        found += _on_tuned(cell, plan, method, rates, lambda folders=folders, best=best: folders[best()])
+        for seed in plan.tuning_seeds:
+            name = f"{method}-seed{seed}"
+            tune = cell.tune(name, method, "--seed", seed, *plan.tune, needs=rates)
+            found.append(replace(tune, late=lambda best=best: ["--lr", best()]))
+            found += _on_tuned(cell, plan, name, (f"tune-{name}",), lambda name=name: cell.home / name)
     return found
 
 
-def _best(folders: list[Path]) -> list[str]:
-    """The option that names the adapter with the lowest validation NRMSE."""
+def _on_tuned(cell: Cell, plan: Plan, cache: str, needs: tuple[str, ...], adapter: Callable[[], Path]) -> list[Step]:
+    """Heads on the states of a tuned LLM, whose adapter is known when it is tuned, and the LLM's answers."""
+    answers = "greedy,candidates" if cache.startswith("raft") else "regression"
+    extract = cell.extract(cache, "--layers", plan.layers, "--readouts", answers, needs=needs)
+    extract = replace(extract, late=lambda: ["--adapter", str(adapter())])
+    return [extract, *each_layer(cell, cache, plan.tuned_depths, plan)]
+
+
+def _best(folders: dict[str, Path]) -> str:
+    """The rate whose adapter has the lowest validation NRMSE."""
     nrmse = {
-        folder: json.loads(path.read_text())["val"]["nrmse"] for folder in folders if (path := folder / TUNED).exists()
+        rate: json.loads(path.read_text())["val"]["nrmse"]
+        for rate, folder in folders.items()
+        if (path := folder / TUNED).exists()
     }
     if not nrmse:
-        raise SystemExit(f"not one of {', '.join(map(str, folders))} was tuned without diverging; see the logs")
-    return ["--adapter", str(min(nrmse, key=nrmse.__getitem__))]
+        raise SystemExit(
+            f"not one of {', '.join(map(str, folders.values()))} was tuned without diverging; see the logs"
+        )
+    return min(nrmse, key=nrmse.__getitem__)
 
 
 def each_layer(cell: Cell, cache: str, depths: str, plan: Plan) -> list[Step]:

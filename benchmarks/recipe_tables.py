@@ -23,7 +23,9 @@ def recipe_tables(homes: list[Path], heads_shown: list[str]) -> str:
         tuned = [json.loads(path.read_text()) for path in home.glob("*/tune.json")]
         for method in sorted({one["settings"]["method"] for one in tuned}):
             by_rate = {
-                one["settings"]["lr"]: one["val"]["nrmse"] for one in tuned if one["settings"]["method"] == method
+                one["settings"]["lr"]: one["val"]["nrmse"]
+                for one in tuned
+                if (one["settings"]["method"], one["settings"]["seed"]) == (method, 0)
             }
             rates.append(
                 [
@@ -39,9 +41,9 @@ def recipe_tables(homes: list[Path], heads_shown: list[str]) -> str:
         if other is None:
             continue  # it diverged
         for name, report in reports.items():
-            states = name.partition("-")[0]
-            if states not in STATES:
-                continue
+            states, _, rest = name.partition("-")
+            if states not in STATES or rest.startswith("seed"):
+                continue  # no heads, or on a further tuning
             heads = {group["head"]: group for group in report["groups"] if group["depth"] in (0, other["depth"])}
             layer = report["meta"]["layer"]
             layers.append([home.name, states, layer, *(_figures(heads.get(head)) for head in heads_shown)])

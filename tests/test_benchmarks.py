@@ -114,15 +114,24 @@ def test_comparison(tmp_path):
     tuned = {"tuned-head on lora", "linear-last on lora", "relish, L = 1 on lora"}
     answering = {"rail-sum-0shot on raft", "relish, L = 1 on raft"}
     assert families | tuned | answering <= methods
+    seeds = {method["method"]: method["seeds"] for place in result["places"] for method in place["methods"]}
+    assert {seeds[method] for method in tuned | answering} == {2}  # two trainings of the LLM
     assert "Macro average" in shown
     assert "favours the rival" not in (work / "comparison" / "comparison.md").read_text()  # all have validation figures
     recipe = (work / "recipe.md").read_text()
     for method in ("lora", "raft"):
         unpacked = (work / "unpacked" / "stsb-tiny").glob(f"{method}-*/tune.json")
         nrmse = {path.parent.name: json.loads(path.read_text())["val"]["nrmse"] for path in unpacked}
-        assert set(nrmse) == {f"{method}-3e-4", f"{method}-1e-3"}
-        taken = (work / "done" / f"stsb-tiny-extract-{method}").read_text().splitlines()[0]
-        assert taken.endswith(f"--adapter {work / 'stsb' / 'tiny' / min(nrmse, key=nrmse.get)}")
+        assert set(nrmse) == {f"{method}-3e-4", f"{method}-1e-3", f"{method}-seed1"}
+        del nrmse[f"{method}-seed1"]
+        best = min(nrmse, key=nrmse.__getitem__)
+        done = {
+            name: (work / "done" / f"stsb-tiny-{name}").read_text().splitlines()[0]
+            for name in (f"extract-{method}", f"tune-{method}-seed1", f"extract-{method}-seed1")
+        }
+        assert done[f"extract-{method}"].endswith(f"--adapter {work / 'stsb' / 'tiny' / best}")
+        assert done[f"tune-{method}-seed1"].endswith(f"--seed 1 --epochs 1 --lr {best.removeprefix(method + '-')}")
+        assert done[f"extract-{method}-seed1"].endswith(f"--adapter {work / 'stsb' / 'tiny' / f'{method}-seed1'}")
         figures = [
             f"{rate}: {100 * nrmse[f'{method}-{name}']:.1f}" for rate, name in (("0.0003", "3e-4"), ("0.001", "1e-3"))
         ]
@@ -262,6 +271,7 @@ def test_the_adapter_of_the_best_rate_is_read(tmp_path, monkeypatch):
 def test_what_comparison_cannot_do_is_said():
     for wrong, said in (
         (("--tasks", "foo"), "the tasks are stsb, sick, wmt-en-zh, wmt-ru-en, wmt-si-en; got 'foo'"),
+        (("--tuning-seeds", "0,1"), "--tuning-seeds takes seeds beside 0, such as 1,2; got '0,1'"),
         (("--backbones", "smolm2"), "the backbones are smollm2, gemma3; got 'smolm2'"),
         (("--parts", "frozen,"), "the parts are frozen, prompted, tuned; got 'frozen,'"),
         (

@@ -122,12 +122,10 @@ def is_kept(target: Path, plan: Plan) -> bool:
     with tarfile.open(target) as archive:
         found = archive.extractfile(PLAN) if PLAN in archive.getnames() else None
         there = json.loads(found.read()) if found is not None else None
-    here = json.loads(json.dumps(asdict(plan)))
-    if there is not None:
-        there = {**json.loads(json.dumps(asdict(Plan({})))), **there}  # what it does not name had no other value then
+    here, default = (json.loads(json.dumps(asdict(one))) for one in (plan, Plan({})))
+    there = here if there is None else {**default, **there}  # what it does not name had no other value then
     without = UNUSED[target.name.removesuffix(".tar.xz").rpartition("-")[2]]
-    names = [name for name in dict.fromkeys([*here, *(there or here)]) if name not in without]
-    different = [name for name in names if there is not None and there.get(name) != here.get(name)]
+    different = [name for name in {**here, **there} if name not in without and there.get(name) != here.get(name)]
     if different:
         changes = ", ".join(f"{name} {there.get(name)} there and {here.get(name)} here" for name in different)
         raise SystemExit(f"{target} was run by another plan ({changes}); give another folder with --kept")

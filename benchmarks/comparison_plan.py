@@ -101,26 +101,28 @@ def prompted_steps(cell: Cell, plan: Plan) -> list[Step]:
 def tuned_steps(cell: Cell, plan: Plan) -> list[Step]:
     """Adapters at each rate, heads on the LLM with the best, and what the LLM that was tuned to answer does answer; the
     same once more for each further seed of the tuning."""
-    found = []
-    for method in METHODS:
-        folders = {rate: cell.home / f"{method}-{rate}" for rate in plan.rates}
-        best = partial(_best, folders)
-        for rate in folders:
-            tune = cell.tune(f"{method}-{rate}", method, "--lr", rate, *plan.tune)
-            found.append(replace(tune, may_fail=DIVERGED))
-        rates = tuple(f"tune-{method}-{rate}" for rate in folders)
-        found += _on_tuned(cell, plan, method, rates, lambda folders=folders, best=best: folders[best()])
-        for seed in plan.tuning_seeds:
-            name = f"{method}-seed{seed}"
-            tune = cell.tune(name, method, "--seed", seed, *plan.tune, needs=rates)
-            found.append(replace(tune, late=lambda best=best: ["--lr", best()]))
-            found += _on_tuned(cell, plan, name, (f"tune-{name}",), lambda name=name: cell.home / name)
+    return [step for method in METHODS for step in _tuned_by(cell, plan, method)]
+
+
+def _tuned_by(cell: Cell, plan: Plan, method: str) -> list[Step]:
+    folders = {rate: cell.home / f"{method}-{rate}" for rate in plan.rates}
+    rates = tuple(f"tune-{method}-{rate}" for rate in folders)
+    tunings = [cell.tune(f"{method}-{rate}", method, "--lr", rate, *plan.tune) for rate in folders]
+    found = [replace(tune, may_fail=DIVERGED) for tune in tunings]
+    found += _on_tuned(cell, plan, method, method, rates, lambda: folders[_best(folders)])
+    for seed in plan.tuning_seeds:
+        name = f"{method}-seed{seed}"
+        tune = cell.tune(name, method, "--seed", seed, *plan.tune, needs=rates)
+        found.append(replace(tune, late=lambda: ["--lr", _best(folders)]))
+        found += _on_tuned(cell, plan, method, name, (f"tune-{name}",), partial(cell.home.joinpath, name))
     return found
 
 
-def _on_tuned(cell: Cell, plan: Plan, cache: str, needs: tuple[str, ...], adapter: Callable[[], Path]) -> list[Step]:
+def _on_tuned(
+    cell: Cell, plan: Plan, method: str, cache: str, needs: tuple[str, ...], adapter: Callable[[], Path]
+) -> list[Step]:
     """Heads on the states of a tuned LLM, whose adapter is known when it is tuned, and the LLM's answers."""
-    answers = "greedy,candidates" if cache.startswith("raft") else "regression"
+    answers = "greedy,candidates" if method == "raft" else "regression"
     extract = cell.extract(cache, "--layers", plan.layers, "--readouts", answers, needs=needs)
     extract = replace(extract, late=lambda: ["--adapter", str(adapter())])
     return [extract, *each_layer(cell, cache, plan.tuned_depths, plan)]

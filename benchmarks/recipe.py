@@ -9,6 +9,7 @@ The recipe log in this folder was made with it. Only validation splits are looke
 import argparse
 import json
 import statistics
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def table(folders: list[Path]) -> None:
     print("| data | layer | recipe | head | seeds | val Pearson | val NRMSE | best epoch | s per cell |")
     print("| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |")
     for (data, layer, recipe, head, depth), cells in groups.items():
-        pearson = [cell["val"]["pearson"] for cell in cells]
+        pearson = [nan if cell["val"]["pearson"] is None else cell["val"]["pearson"] for cell in cells]
         nrmse = [cell["val"]["nrmse"] for cell in cells]
         epochs = ", ".join(str(cell.get("best_epoch", "–")) for cell in cells)
         seconds = statistics.median(cell["seconds"] for cell in cells)

@@ -117,19 +117,18 @@ def compare(
         check_comparison_folder(out)
     with _Bar("compare", "pairs") as bar:
         comparison = compare_reports(sources, average_seeds=average_seeds, resamples=resamples, progress=bar.show)
-    if out is not None:
-        save_comparison(comparison, out, paper=paper)
+    tables, said, title = sheets(comparison, paper=paper), remarks(comparison), headline(comparison)
     if as_json:
         typer.echo(json.dumps(comparison_json(comparison, paper=paper), indent=2))
-        return
-    tables, said, title = sheets(comparison, paper=paper), remarks(comparison), headline(comparison)
-    if format_ is Format.table:
+    elif format_ is Format.table:
         print_sheets(title, tables, said, table_console())
     else:
         markdown = format_ is Format.markdown
         typer.echo(sheets_to_markdown(title, tables, said) if markdown else sheets_to_latex(tables, said))
-    if out is not None:
-        typer.echo(f"comparison: {out / 'comparison.html'}", err=format_ is not Format.table)
+    if out is not None:  # after what a full disk must not lose
+        save_comparison(comparison, out, paper=paper)
+        if not as_json:
+            typer.echo(f"comparison: {out / 'comparison.html'}", err=format_ is not Format.table)
 
 
 def predict(

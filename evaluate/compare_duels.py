@@ -133,7 +133,8 @@ def duels_in(place: Place, chosen: dict[str, Choice], resamples: int) -> Iterato
     def resampled(entry: Entry) -> Array:
         label = entry.method.label
         if label not in drawn:
-            drawn[label] = resampled_figures(place.target, entry.predictions, place.label_range, draws)
+            figures = resampled_figures(place.target, entry.predictions, place.label_range, draws)
+            drawn[label] = figures.mean(axis=0)
         return drawn[label]
 
     for family, opponent, theirs in pairings(place, chosen):
@@ -144,8 +145,8 @@ def duels_in(place: Place, chosen: dict[str, Choice], resamples: int) -> Iterato
             ours.predictions[our_seeds],
             theirs.predictions[their_seeds],
             place.label_range,
-            our_resamples=resampled(ours)[our_seeds],
-            their_resamples=resampled(theirs)[their_seeds],
+            our_resamples=resampled(ours),
+            their_resamples=resampled(theirs),
             permutations=resamples,
         )
         yield [

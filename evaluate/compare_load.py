@@ -59,7 +59,8 @@ def load_places(sources: Sequence[Source], *, average: bool = False) -> list[Pla
     datasets = list(firsts)
     backbones = list(dict.fromkeys(place.backbone for place in places.values()))
     found = sorted(places.values(), key=lambda p: (backbones.index(p.backbone), datasets.index(p.dataset)))
-    return [_finished(place) for place in found]
+    named = {source.backbone for source in sources}
+    return [_finished(place) for place in _told_apart(found, named)]
 
 
 def _pooled(reports: Sequence[Place], *, average: bool) -> list[Place]:
@@ -76,6 +77,22 @@ def _pooled(reports: Sequence[Place], *, average: bool) -> list[Place]:
         pool_tunings(tunings, average=average) if len(tunings) > 1 else next(iter(tunings.values()))
         for tunings in groups.values()
     ]
+
+
+def _told_apart(places: Sequence[Place], named: set[str]) -> list[Place]:
+    """The same, with a note where reports call one LLM by two names, of which nobody gave the second."""
+    names: dict[str, str] = {}
+    found = []
+    for place in places:
+        first = names.setdefault(place.backbone_files, place.backbone) if place.backbone_files else place.backbone
+        if first != place.backbone and place.backbone not in named:
+            told = (
+                f"this LLM has the files of {first}, and is compared apart from it; if they are one, name it alike: "
+                f",{first}={place.source}"
+            )
+            place = replace(place, notes=[*place.notes, told])
+        found.append(place)
+    return found
 
 
 def _finished(place: Place) -> Place:
@@ -100,6 +117,16 @@ def _refuse_other_rows(first: Place, other: Place) -> None:
         ranges = f"{exact_range(other.label_range)} and from {exact_range(first.label_range)}"
         raise RunError(
             f"{both}, with labels from {ranges}, by which NRMSE divides; extract both with one --label-range, or, {way}"
+        )
+    fewer, more = sorted((other, first), key=lambda place: len(place.row))
+    scored, asked = (list(zip(one.row, one.ids, one.target.tolist(), strict=True)) for one in (fewer, more))
+    lacking = sorted({*asked} - {*scored})
+    if len(lacking) == len(more.row) - len(fewer.row) > 0:
+        row, name, _ = lacking[0]
+        raise RunError(
+            f"{both}, and {fewer.source} lacks {len(lacking):,} of the rows, such as row {row} (id {name!r}); if "
+            "extraction left them out (--on-nonfinite skip), extract again with another --compute-dtype or --dtype, "
+            f"or, {way}"
         )
     if len(other.row) != len(first.row):
         counts = f"{len(other.row):,} and {len(first.row):,}"

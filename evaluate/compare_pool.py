@@ -24,7 +24,8 @@ def pool_tunings(tunings: dict[int, Place], *, average: bool) -> Place:
     for seed, place in tunings.items():
         for entry in place.entries:
             members.setdefault(entry.method, {})[seed] = entry
-        for note in [*place.notes, *(_constant(place) if average else [])]:
+        told = [*place.notes, *(_constant(place) if average else [])]
+        for note in dict.fromkeys(told):
             notes.setdefault(note, []).append(seed)
     pool = _averaged if average else _side_by_side
     return replace(

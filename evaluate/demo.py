@@ -8,7 +8,8 @@ from shlex import quote
 import numpy as np
 
 from ..cache.errors import require_extra
-from ..extract.pipeline import Progress, extract_cache
+from ..extract.pipeline import extract_cache
+from ..extract.progress import Progress
 from ..extract.settings import ExtractSettings
 from ..train.grid import train_heads
 from ..train.progress import Listener

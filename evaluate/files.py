@@ -24,6 +24,21 @@ REPORT_FILES = ("results.json", "results.csv", "predictions.csv", "scatter.png",
 _STAGE = ".report.tmp"
 
 
+def refuse_read_only(wanted: Path, folder: Path) -> None:
+    """Refuse what would have to be written where nothing can be.
+
+    Args:
+        wanted: the file or folder, for people.
+        folder: where new files are to lie; it need not be there yet.
+
+    Raises:
+        RunError: naming both.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RunError(f"{wanted} cannot be written: no permission in {there}, or a read-only disk; choose another one")
+
+
 def check_report_folder(folder: Path, files: Sequence[str] = REPORT_FILES) -> None:
     """Refuse a place that is no folder for a report: new, empty, or with an earlier report's files alone.
 
@@ -36,9 +51,7 @@ def check_report_folder(folder: Path, files: Sequence[str] = REPORT_FILES) -> No
     """
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is a file; the report needs a folder")
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise RunError(f"{folder} cannot be written: no permission in {there}, or a read-only disk; choose another one")
+    refuse_read_only(folder, folder)
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     others = [name for name in names if name not in files and not name.startswith(".")]
     if others:

@@ -26,6 +26,7 @@ from ..extract.tasks import get_task
 from ..train.run import Run, load_head, load_run
 from ..train.saving import writing
 from ..train.settings import MIX, Layer
+from .files import refuse_read_only
 
 _CHUNK = 1024  # rows that are tokenised, sorted by length and scored together
 
@@ -98,6 +99,7 @@ def predict_scores(
         raise DataError(f"--out is the same file as --data, {data}, which would be lost; choose another name")
     if out.is_dir():
         raise DataError(f"{out} is a folder; --out takes the name of a file")
+    refuse_read_only(out, out.parent)
     _refuse("prompt", identity.prompt, prompt, trained)
     _refuse("layer", trained.layer, layer, trained)
     if revision is None and str(model) == identity.model:

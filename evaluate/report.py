@@ -111,6 +111,10 @@ def headline(results: Results) -> str:
     error = format_number(best.metrics["mae"]["mean"])
     off = f"it is {error} off on average, on a scale from {low:g} to {high:g}"
     name = f"RELISH with L = {best.depth}" if best.head == "relish" else f"The head {best.label}"
+    if len(results.groups) > 1 and results.validated:
+        name += ", which the validation rows choose,"
+    elif len(results.groups) > 1:
+        name += f", the best of {len(results.groups)} on these rows (which flatters it),"
     pearson = best.metrics["pearson"]
     if not math.isfinite(pearson["mean"]):
         if np.ptp(results.target) == 0:
@@ -128,13 +132,16 @@ def headline(results: Results) -> str:
 def comparison(results: Results) -> str:
     """How the best group stands to the best head of another kind; empty if there is none."""
     best = results.best
-    others = [g for g in results.groups if best is not None and g.head != best.head]
-    others = [g for g in others if math.isfinite(_pearson(g))]
-    if best is None or not others or not math.isfinite(_pearson(best)):
+    if best is None or not math.isfinite(_pearson(best)):
         return ""
-    second = max(others, key=_pearson)
-    gap = format_number(_pearson(best) - _pearson(second))
-    return f"That is {gap} above the best head of another kind, {second.label} ({format_number(_pearson(second))})."
+    second = results.best_of([g for g in results.groups if g.head != best.head and math.isfinite(_pearson(g))])
+    if second is None:
+        return ""
+    gap = _pearson(best) - _pearson(second)
+    return (
+        f"That is {format_number(abs(gap))} {'below' if gap < 0 else 'above'} the best head of another kind"
+        f"{' on the validation rows' if results.validated else ''}, {second.label} ({format_number(_pearson(second))})."
+    )
 
 
 def worst_rows(results: Results) -> list[WorstRow]:

@@ -98,7 +98,7 @@ def evaluate_runs(
         rows.split.row,
         rows.target,
         [*cells, *answered],
-        _meta(found, opened),
+        {**_meta(found, opened), **({} if found else _answered_from(opened, split, answered))},
         [*left_out, *not_validated],
     )
     if out is not None:
@@ -149,7 +149,7 @@ def _validated(
     And a sentence for each that has none all the same.
     """
     splits = cache.manifest.splits
-    name = run.data["val_split"] if run is not None else next((name for name in VALIDATION_NAMES if name in splits), "")
+    name = run.data["val_split"] if run is not None else _validation_split(cache)
     if not answered or name not in splits or not readout_names(cache.folder, name):
         return answered, []
     without = "Answers have no validation figures"
@@ -250,7 +250,7 @@ def _meta(runs: Sequence[Run], cache: FeatureCache) -> dict[str, object]:
         "prompt": identity.prompt,
         "storage dtype": identity.dtype,
         "compute dtype": identity.compute_dtype,
-        **(_learned_from(runs[0]) if runs else _examples_from(cache)),
+        **(_learned_from(runs[0]) if runs else {}),
         **_recipe(runs),
         **{_MADE_BY.get(name, name.replace("_", " ")): value for name, value in cache.manifest.made_by.items()},
     }
@@ -270,10 +270,17 @@ def _learned_from(run: Run) -> dict[str, object]:
     }
 
 
-def _examples_from(cache: FeatureCache) -> dict[str, object]:
-    """Where no head was trained: the rows that examples of prompts are from."""
-    train = cache.manifest.splits.get("train")
-    return {TRAINED_ON: train.fingerprint[:16]} if train is not None else {}
+def _answered_from(cache: FeatureCache, split: str, answered: Sequence[CellPredictions]) -> dict[str, object]:
+    """Where no head was trained: the rows that examples of prompts are from, and those of validation figures."""
+    splits, name = cache.manifest.splits, _validation_split(cache)
+    found: dict[str, object] = {TRAINED_ON: splits["train"].fingerprint[:16]} if "train" in splits else {}
+    if name != split and any(cell.val_nrmse is not None for cell in answered):
+        found[VALIDATED_ON] = f"{name}, {splits[name].fingerprint[:16]}"
+    return found
+
+
+def _validation_split(cache: FeatureCache) -> str:
+    return next((name for name in VALIDATION_NAMES if name in cache.manifest.splits), "")
 
 
 def _recipe(runs: Sequence[Run]) -> dict[str, object]:

@@ -77,8 +77,8 @@ def differences(
         ours: (P, N) predictions, in the order of `pair_seeds`.
         theirs: (P, N).
         label_range: the smallest and the largest score the task allows.
-        our_resamples: (P, 3, R) of `resampled_figures`, of the same draws for both.
-        their_resamples: (P, 3, R).
+        our_resamples: (3, R) means of `resampled_figures` over our seeds, of the same draws for both.
+        their_resamples: (3, R).
         permutations: how many swaps are drawn.
         seed: of their drawing.
 
@@ -90,10 +90,11 @@ def differences(
     swapped = [swapped_differences(pairs, width, swaps) for swaps in _swaps(rows, permutations, seed)]
     null = np.concatenate(swapped, axis=1)
     observed = swapped_differences(pairs, width, np.zeros((1, rows)))[:, 0]
-    drawn = (our_resamples - their_resamples).mean(axis=0)
     return {
         name: _difference(value, resampled, swapped)
-        for name, value, resampled, swapped in zip(PAPER_METRICS, observed.tolist(), drawn, null, strict=True)
+        for name, value, resampled, swapped in zip(
+            PAPER_METRICS, observed.tolist(), our_resamples - their_resamples, null, strict=True
+        )
     }
 
 

@@ -26,7 +26,8 @@ TRAINED_ON = "training data"
 VALIDATED_ON = "validation data"
 LEARNED_FROM = ("training rows", TRAINED_ON, VALIDATED_ON)
 """What a report's `meta` says of what heads were trained on and chosen by; of the last two a hash of ids, filled
-prompts, labels and tokens. Of a cache without heads it says the second, of the rows that examples are from."""
+prompts, labels and tokens. Of a cache without heads it says the second, of the rows that examples are from, and
+the third where the answers have validation figures."""
 
 
 def flattering(split: str, validated_on: str) -> str:
@@ -152,14 +153,26 @@ class Results:
         return len(self.target)
 
     @property
+    def validated(self) -> bool:
+        """Whether every group has validation figures to choose by."""
+        return all(group.extras.get("val_nrmse") is not None for group in self.groups)
+
+    @property
     def best(self) -> Summary | None:
-        """The group of the highest mean Pearson, or of the lowest NRMSE where no Pearson exists."""
+        """The best of all groups, see `best_of`."""
+        return self.best_of(self.groups)
+
+    def best_of(self, groups: Sequence[Summary]) -> Summary | None:
+        """That of the lowest validation NRMSE; where one of all groups has none, that of the highest mean Pearson on
+        the rows at hand, or of the lowest NRMSE where no Pearson exists."""
 
         def key(group: Summary) -> tuple[float, float]:
+            if self.validated:
+                return (-(group.extras["val_nrmse"] or 0.0), 0.0)
             pearson = group.metrics["pearson"]["mean"]
             return (pearson if math.isfinite(pearson) else -2.0, -group.metrics["nrmse"]["mean"])
 
-        return max(self.groups, key=key, default=None)
+        return max(groups, key=key, default=None)
 
     @property
     def failed(self) -> list[Cell]:

@@ -1,10 +1,16 @@
-"""Rows into forward passes: length-sorted batches under a token budget, halved when memory runs out."""
+"""Rows into forward passes: length-sorted batches under a token budget, halved when memory runs out.
+
+And what a person may do about passes that fail.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..cache.errors import BackboneError
+
+if TYPE_CHECKING:
+    import torch
 
 # What a plain RuntimeError says when memory ran out: the CPU's allocator (Windows' too), CUDA and its libraries, mps.
 _SIGNS = (
@@ -16,6 +22,9 @@ _SIGNS = (
     "MPS backend out of memory",
     "Invalid buffer size",
 )
+
+CUT = "--max-length with --truncate"
+"""What makes rows shorter."""
 
 
 @dataclass
@@ -32,7 +41,7 @@ def run_in_batches(
     release: Callable[[], None] = lambda: None,
     *,
     tokens: Sequence[int] | None = None,
-    whole: bool = False,
+    shorten: str = CUT,
 ) -> Iterator[tuple[range, Any]]:
     """Run `forward` over all rows, in order, in batches within a budget.
 
@@ -43,7 +52,7 @@ def run_in_batches(
             batches stay at the size that fitted.
         release: gives back the memory that earlier batches still hold, before a range is tried again.
         tokens: of each row, for people; None where they are its slots.
-        whole: whether rows cannot be cut, and nobody should be told to.
+        shorten: what makes a row shorter, for people; "" where nothing does.
 
     Yields:
         The rows of each batch, and what `forward` returned for them.
@@ -63,7 +72,7 @@ def run_in_batches(
             if not out_of_memory(error):
                 raise
             if rows == 1 and released:
-                cut = "" if whole else "--max-length with --truncate, "
+                cut = f"{shorten}, " if shorten else ""
                 raise BackboneError(
                     f"out of memory on a single row of {(tokens or lengths)[begin]:,} tokens; use {cut}a smaller "
                     "--compute-dtype, or a device with more memory"
@@ -90,6 +99,13 @@ def out_of_memory(error: Exception) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+
+
+def against_nan(dtype: "torch.dtype") -> str:
+    """What a person may try where an LLM that ran in a type gave NaN or infinity."""
+    import torch
+
+    return "--compute-dtype float32" if dtype != torch.float32 else "another copy of the weights"
 
 
 def _free_cached_memory() -> None:

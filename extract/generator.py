@@ -10,7 +10,7 @@ import numpy as np
 
 from ..cache.errors import BackboneError
 from .backbone import Backbone
-from .batches import out_of_memory
+from .batches import against_nan, out_of_memory
 from .candidates import score_candidates
 from .tree import Seen, Tokens, last_tokens, plant, read_prefix, takes_trees, tree_logits
 
@@ -104,6 +104,9 @@ class Generator:
 
         Returns:
             B texts: the answers' first line.
+
+        Raises:
+            BackboneError: if the LLM gives NaN.
         """
 
         def choose(logits: "torch.Tensor", place: np.ndarray, _alive: list[tuple[int, int]], _step: int) -> np.ndarray:
@@ -122,6 +125,9 @@ class Generator:
 
         Returns:
             B lists of texts.
+
+        Raises:
+            BackboneError: if the LLM gives NaN.
         """
         import torch
 
@@ -145,6 +151,9 @@ class Generator:
 
         Returns:
             B lists of C.
+
+        Raises:
+            BackboneError: if one is NaN or infinite.
         """
         import torch
 
@@ -154,7 +163,11 @@ class Generator:
         return scores.double().cpu().tolist()
 
     def regression(self, rows: Sequence[np.ndarray], head: "RegressionHead") -> list[float]:
-        """What a head predicts that was trained with the adapter, for B arrays of token ids."""
+        """What a head predicts that was trained with the adapter, for B arrays of token ids.
+
+        Raises:
+            BackboneError: if a prediction is NaN or infinite.
+        """
         import torch
 
         from .regression import regress
@@ -235,8 +248,9 @@ class Generator:
 
     def _refuse(self, broken: bool) -> None:
         if broken:
-            dtype = str(self.model.dtype).removeprefix("torch.")
-            raise BackboneError(f"{self._name} gives NaN or infinity in {dtype}; try --compute-dtype float32")
+            dtype = self.model.dtype
+            name = str(dtype).removeprefix("torch.")
+            raise BackboneError(f"{self._name} gives NaN or infinity in {name}; try {against_nan(dtype)}")
 
 
 class _Node(NamedTuple):

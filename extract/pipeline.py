@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -21,25 +21,13 @@ from .adapter import open_adapter, tuning_kind
 from .backbone import Backbone
 from .batches import Budget, run_in_batches
 from .files import find_backbone
+from .progress import Progress
 from .readouts import ReadoutSummary, add_readouts, plan_questions
 from .rows import SplitData
 from .settings import ExtractSettings
 from .sink import ShardSink, SinkShard
 from .sources import TextData, load_texts
 from .start import slots
-
-
-class Progress(Protocol):
-    """What `extract_cache` reports to while it works."""
-
-    def note(self, text: str) -> None:
-        """Something a person should know."""
-
-    def begin(self, rows: int, tokens: int) -> None:
-        """The forward passes begin; so much is to be done."""
-
-    def advance(self, rows: int, tokens: int) -> None:
-        """So much more is computed."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +64,7 @@ def extract_cache(cache: str | Path, settings: ExtractSettings, *, progress: Pro
     Raises:
         DataError: for rows that cannot be used, before the backbone is loaded.
         BackboneError: if the model is not found or cannot be run, or is an encoder and readouts are asked for.
+        SettingsError: if a layer is deeper than the backbone, or the device is not there.
         AdapterError: if the adapter cannot be used with that model.
         CacheError: if the folder holds a cache, or readouts, made with anything different.
     """

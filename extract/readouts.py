@@ -13,7 +13,7 @@ from ..cache.lock import lock_folder
 from ..cache.manifest import TRAIN, load_manifest
 from ..cache.readouts import REGRESSION, Readout, part_rows, pending_parts, save_part
 from .backbone import Backbone
-from .batches import Budget, run_in_batches
+from .batches import CUT, Budget, run_in_batches
 from .candidates import answer_nodes, candidate_scores, trained_scores
 from .generator import NEW_TOKENS, Generator, refuse_encoder
 from .rows import SplitData
@@ -24,7 +24,7 @@ from .start import common_prefix
 from .tree import Seen, pack_size
 
 if TYPE_CHECKING:
-    from .pipeline import Progress
+    from .progress import Progress
     from .regression import RegressionHead
 
 SAMPLES = 16
@@ -67,7 +67,7 @@ def plan_questions(data: TextData, backbone: Backbone, settings: ExtractSettings
         max_length: where the cache's rows are cut, if they are.
 
     Raises:
-        BackboneError: for an encoder.
+        BackboneError: for an encoder, or where the chat template that is asked for is missing or cannot show answers.
         AdapterError: if an adapter's own head is to predict, and it has none; or if one of RAFT is to be asked about
             candidates, and was tuned on those of another label range.
         DataError: if there are no splits to ask about, examples are asked for and there are none, a row was cut, or
@@ -127,6 +127,7 @@ def add_readouts(
 
     Raises:
         CacheError: if the cache holds readouts of other settings, or one cannot be written.
+        BackboneError: if the LLM cannot be loaded, gives NaN or infinity, or does not fit the memory.
     """
     with lock_folder(folder, CacheError):
         jobs = [
@@ -262,10 +263,10 @@ def _ask(split: SplitData, prompts: Prompts, job: _Job, generator: Generator, ba
         )
         return _Asked(split, generator.read_prefix(np.zeros(0, dtype=np.int64)), texts, 0.0)
     tokens = prompts.tokens(split.texts, job.readout.shots_used)
-    shared = common_prefix(tokens)
+    shared = 0 if generator.one_by_one else common_prefix(tokens)
     started = time.perf_counter()
     prefix = generator.read_prefix(tokens[0][:shared])
-    return _Asked(split, prefix, [row[shared:] for row in tokens], time.perf_counter() - started)
+    return _Asked(split, prefix, [row[shared:].copy() for row in tokens], time.perf_counter() - started)
 
 
 def _run(
@@ -280,7 +281,8 @@ def _run(
     readout, rows, shared = job.readout, asked.rows, asked.prefix.length
     parts = [part_rows(len(rows), number) for number in job.pending]
     if progress is not None:
-        how = f", {shared:,} tokens read once for all rows" if job.head is None else ", by the adapter's own head"
+        how = ", by the adapter's own head" if job.head is not None else ""
+        how = f", {shared:,} tokens read once for all rows" if shared else how
         progress.note(f"asking about {readout.split}: {readout.name}{how}")
         progress.begin(sum(map(len, parts)), sum(len(rows[row]) for part in parts for row in part))
     default = pack_size(backbone.device.type)
@@ -309,20 +311,22 @@ def _answer(
     more = 0 if job.head is not None else len(answer_nodes(job.tokens)) or NEW_TOKENS
     order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
     lengths = [len(rows[row]) + more for row in order]
+    read = [prefix.length + len(rows[row]) for row in order]
+    shorten = CUT if job.head is not None else "fewer --shots" if job.readout.shots_used else ""
     answers: list[Any] = [None] * len(rows)
 
     def forward(batch: range) -> list[Any]:
         chosen = [order[place] for place in batch]
         tokens = [rows[row] for row in chosen]
         if job.head is not None:
-            return _rounded(generator.regression(tokens, job.head))
+            return generator.regression(tokens, job.head)
         if job.readout.kind == "greedy":
             return generator.greedy(tokens, prefix)
         if job.readout.kind == "samples":
             return generator.samples(tokens, prefix, np.stack([_uniform(numbers[row]) for row in chosen]))
-        return [_rounded(row) for row in generator.candidates(tokens, prefix, job.tokens)]
+        return [[round(value, 6) for value in row] for row in generator.candidates(tokens, prefix, job.tokens)]
 
-    for batch, found in run_in_batches(lengths, budget, forward, whole=job.head is None):
+    for batch, found in run_in_batches(lengths, budget, forward, tokens=read, shorten=shorten):
         for place, answer in zip(batch, found, strict=True):
             answers[order[place]] = answer
         if progress is not None:
@@ -332,7 +336,3 @@ def _answer(
 
 def _uniform(row: int) -> np.ndarray:
     return np.random.default_rng((SEED, row)).random((SAMPLES, NEW_TOKENS))
-
-
-def _rounded(values: list[float]) -> list[float]:
-    return [round(value, 6) for value in values]

@@ -94,7 +94,8 @@ class ExtractSettings(TextSettings):
     batch_tokens: int | None = None
     """Token slots per forward pass, padding included; None for 16,384 on a GPU, and 512 per thread, up to 4,096, on the
     CPU. Of a row that goes on from what all rows begin with its own tokens count, or half of all where these are more
-    (extract/start.py)."""
+    (extract/start.py). Readouts take no more than 4,096 and 1,024 by themselves, or as many as all prompts begin with
+    where these are more; there a row's own tokens and its answer's count."""
     shard_rows: int = 4096
     """Most rows in a shard. A shard is also the most work that an interruption can cost."""
     on_nonfinite: str = "error"

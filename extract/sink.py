@@ -17,6 +17,7 @@ import numpy as np
 from ..cache.dtypes import StorageDtype
 from ..cache.errors import DataError
 from ..cache.shard import ShardWriter
+from .batches import against_nan
 
 if TYPE_CHECKING:
     import torch
@@ -170,7 +171,7 @@ def _why(values: "torch.Tensor", dtype: StorageDtype) -> tuple[str, str]:
     import torch
 
     if not values.isfinite().all():
-        return "NaN or infinity in its hidden states", "--compute-dtype float32"
+        return "NaN or infinity in its hidden states", against_nan(values.dtype)
     largest, end = values.abs().max().item(), torch.finfo(dtype.torch).max
     shown = [f"{value:,.0f}" if value < 1e15 else f"{value:g}" for value in (largest, end)]
     wider = "bfloat16" if dtype.name == "float16" else "float32"

@@ -130,7 +130,7 @@ class Seen:
 
     def fork(self) -> "Seen":
         """A second one that may grow without changing this one; keys and values are shared until then."""
-        return Seen(self.tokens, fork(self.past) if self.past is not None else None)
+        return Seen(self.tokens, fork(self.past))
 
 
 def read_prefix(model: Any, ids: np.ndarray) -> Seen:

@@ -13,7 +13,7 @@ from ..cache.exact import exact_range
 from ..cache.fileio import write_durably, writing_cache
 from ..cache.identity import name_differences
 from ..cache.jsonfile import sealed_text
-from ..cache.lock import LOCK, lock_folder
+from ..cache.lock import lock_folder
 from .adapter import (
     CHECKPOINT,
     CONFIG,
@@ -31,11 +31,12 @@ from .backbone import Backbone
 from .files import find_backbone
 from .generator import refuse_encoder
 from .pipeline import CUT_OR_LONGER, LONGER, check_lengths, choose_max_length, made_by
+from .progress import Progress
 from .regression import HEAD, load_regression_head
 from .rows import hash_texts
 from .sources import TextData, load_texts
 from .tree import pack_size
-from .tune_loop import Examples, Listener, tune
+from .tune_loop import Examples, tune
 from .tune_lora import add_adapter
 from .tune_methods import Answers, Method, raft_method, regression_method
 from .tune_rows import TuneRows, choose_rows
@@ -67,7 +68,7 @@ class TuneSummary:
     """Whether it was there already, and nothing was done."""
 
 
-def tune_adapter(adapter: str | Path, settings: TuneSettings, *, listener: Listener | None = None) -> TuneSummary:
+def tune_adapter(adapter: str | Path, settings: TuneSettings, *, listener: Progress | None = None) -> TuneSummary:
     """Fine-tune a causal LM through a LoRA adapter, and keep the weights of the best epoch.
 
     Run again after an interruption, it goes on from the last checkpoint; the adapter comes out as it would have, bit
@@ -80,7 +81,8 @@ def tune_adapter(adapter: str | Path, settings: TuneSettings, *, listener: Liste
 
     Raises:
         DataError: for rows that cannot be used, before the backbone is loaded.
-        BackboneError: if the model is not found, cannot be run, or is an encoder.
+        BackboneError: if the model is not found, cannot be run, is an encoder or of a kind that peft refuses.
+        SettingsError: if the device is not there.
         AdapterError: if the folder holds something else, or an adapter that was begun with other settings, or if the
             loss is no longer finite.
         MissingExtraError: if peft is not installed.
@@ -131,7 +133,7 @@ def _tune(
     answers: Answers | None,
     settings: TuneSettings,
     setup: dict[str, Any],
-    listener: Listener | None,
+    listener: Progress | None,
 ) -> dict[str, Any]:
     model = backbone.place(backbone.read_model("AutoModelForCausalLM"))
     frozen = sum(parameter.numel() for parameter in model.parameters())
@@ -252,7 +254,7 @@ def _examples(
     return Examples(tokens, rows.target)
 
 
-def _tell_rows(listener: Listener, data: TextData, val: TuneRows) -> None:
+def _tell_rows(listener: Progress, data: TextData, val: TuneRows) -> None:
     if data.range_was_taken:
         taken = exact_range(data.label_range)
         listener.note(f"label range {taken}, taken from the training split (--label-range sets it)")
@@ -321,7 +323,7 @@ def _refuse_other_setup(folder: Path, there: dict[str, Any], here: dict[str, Any
 def _refuse_other_files(folder: Path) -> None:
     if folder.is_file():
         raise AdapterError(f"{folder} is a file, and an adapter is a folder; choose a new one")
-    ours = {TUNED, CHECKPOINT, LOCK}
+    ours = {TUNED, CHECKPOINT}
     there = {path.name for path in folder.iterdir() if not path.name.startswith(".")} if folder.is_dir() else set()
     if there and not there & ours:
         raise AdapterError(f"{folder} holds other files and no adapter of relish; choose a new or empty folder")

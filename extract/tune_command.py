@@ -1,6 +1,7 @@
 """`relish tune`."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
 from typing import Annotated
@@ -116,21 +117,8 @@ def tune(
     with ExtractBar("tune") as bar:
         summary = tune_adapter(adapter, settings, listener=bar)
     if as_json:
-        figures = {
-            "adapter": str(summary.folder),
-            "method": summary.method,
-            "epochs": summary.epochs,
-            "best_epoch": summary.best_epoch,
-            "val": summary.val,
-            "train_rows": summary.train_rows,
-            "val_rows": summary.val_rows,
-            "trainable_parameters": summary.trainable_parameters,
-            "backbone_parameters": summary.backbone_parameters,
-            "seconds": summary.seconds,
-            "sha256": summary.sha256,
-            "already": summary.already,
-        }
-        typer.echo(json.dumps(figures, indent=2))
+        figures = asdict(summary)
+        typer.echo(json.dumps({"adapter": str(figures.pop("folder")), **figures}, indent=2))
         return
     pearson = summary.val["pearson"]
     typer.echo(

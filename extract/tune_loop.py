@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..cache.errors import AdapterError, BackboneError
 from .batches import Budget, out_of_memory, run_in_batches
+from .progress import Progress
 from .start import common_prefix
 from .tune_methods import Method
 from .tune_settings import TuneSettings
@@ -21,19 +22,6 @@ WARMUP = 0.05
 """Share of all steps in which the learning rate rises; then it falls to 0 along a cosine."""
 SAVE_SECONDS = 180.0
 """Between two checkpoints within an epoch; each epoch ends with one."""
-
-
-class Listener(Protocol):
-    """What a tuning reports to while it works."""
-
-    def note(self, text: str) -> None:
-        """Something a person should know."""
-
-    def begin(self, rows: int, tokens: int) -> None:
-        """So much is to be read, all epochs and validations together."""
-
-    def advance(self, rows: int, tokens: int) -> None:
-        """So much more is read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +53,7 @@ def tune(
     device: torch.device,
     slots: int,
     save: Callable[[], None],
-    listener: Listener | None,
+    listener: Progress | None,
 ) -> None:
     """Train from the step that `state` is at to the last one.
 
@@ -134,7 +122,7 @@ def tune(
 
 
 def predict(
-    model: nn.Module, method: Method, rows: Examples, budget: Budget, listener: Listener | None = None
+    model: nn.Module, method: Method, rows: Examples, budget: Budget, listener: Progress | None = None
 ) -> np.ndarray:
     """Predictions (N,) float64, in the unit of the labels."""
     model.eval()
@@ -147,7 +135,7 @@ def predict(
 
     predictions = np.empty(len(rows))
     tokens = [len(rows.tokens[row]) for row in order]
-    for batch, values in run_in_batches(lengths, budget, forward, tokens=tokens, whole=method.whole):
+    for batch, values in run_in_batches(lengths, budget, forward, tokens=tokens, shorten=method.shorten):
         chosen = order[batch.start : batch.stop]
         predictions[chosen] = values
         if listener is not None:
@@ -217,7 +205,7 @@ def _take_step(
 
     state.optimizer.zero_grad()
     tokens = [len(rows[row]) for row in order]
-    passes = run_in_batches(lengths, budget, backward, tokens=tokens, whole=method.whole)
+    passes = run_in_batches(lengths, budget, backward, tokens=tokens, shorten=method.shorten)
     total = sum(value for _, value in passes)
     try:
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -234,7 +222,10 @@ def _take_step(
 
 def _diverged(step: int) -> AdapterError:
     if step == 0:
-        return AdapterError("the first loss is not finite, before any step; tune with --compute-dtype float32")
+        return AdapterError(
+            "the first loss is not finite, before any step; tune with --compute-dtype float32, or, if this is what it "
+            "had, from another copy of the weights"
+        )
     return AdapterError(f"the loss was no longer finite after step {step}; tune into another folder with a lower --lr")
 
 
@@ -243,7 +234,7 @@ def _seed_of(seed: int, step: int) -> int:
 
 
 def _announce(
-    listener: Listener, state: TuneState, train: Examples, val: Examples, settings: TuneSettings, per_epoch: int
+    listener: Progress, state: TuneState, train: Examples, val: Examples, settings: TuneSettings, per_epoch: int
 ) -> None:
     done, begin = divmod(state.step, per_epoch)
     left = settings.epochs - done

@@ -11,13 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..cache.errors import BackboneError
 from .tune_settings import TuneSettings
 
 _ADAPTER = "default"
 
 
 def add_adapter(peft: Any, model: Any, settings: TuneSettings) -> Any:
-    """Put a fresh LoRA adapter on all linear layers of a causal LM but its LM head; the model is changed in place."""
+    """Put a fresh LoRA adapter on all linear layers of a causal LM but its LM head; the model is changed in place.
+
+    Raises:
+        BackboneError: if peft does not take its architecture.
+    """
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.rank,
@@ -29,7 +34,12 @@ def add_adapter(peft: Any, model: Any, settings: TuneSettings) -> Any:
         # GPT-2's layers keep their weights the other way round: peft says so and does the right thing.
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
         warnings.simplefilter("ignore", FutureWarning)  # of what peft calls in transformers
-        adapted = peft.get_peft_model(model, config)
+        try:
+            adapted = peft.get_peft_model(model, config)
+        except ValueError as error:  # of architectures that peft refuses, such as Mamba's
+            raise BackboneError(
+                f"peft puts no LoRA adapter on an LLM of the kind {model.config.model_type} ({error}); tune another LLM"
+            ) from None
     for module in adapted.modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
             # Not the module itself, which would then keep itself, and the LLM, in memory.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .backbone import Backbone
+from .batches import CUT
 from .candidates import answer_nodes, score_candidates, trained_scores
 from .regression import RegressionHead, regress
 from .shots import Prompts
@@ -31,8 +32,8 @@ class Method:
     """The size of an error of 1: a learning rate then means the same on every label range."""
     more: int = 0
     """Tokens that the LLM reads with each row besides its own."""
-    whole: bool = False
-    """Whether rows cannot be cut."""
+    shorten: str = CUT
+    """What makes rows shorter, for people; "" where nothing does."""
     trees: bool = False
     """Whether what the rows of a pass begin with is read once."""
     head: RegressionHead | None = None
@@ -89,4 +90,4 @@ def raft_method(model: Any, backbone: Backbone, answers: Answers, label_range: t
         return score_candidates(model, rows, answers.tokens, pad=pad).exp() @ values
 
     more = len(answer_nodes(answers.tokens))
-    return Method(predict, unit=label_range[1] - label_range[0], more=more, whole=True, trees=takes_trees(model))
+    return Method(predict, unit=label_range[1] - label_range[0], more=more, shorten="", trees=takes_trees(model))

@@ -97,7 +97,11 @@ def test_places_stand_in_the_order_in_which_they_are_named(tmp_path):
     ("changes", "message"),
     [
         ({"data": 1}, r"and score different rows: line 0 of one is row 0 \(id 'r0', gold [\d.]+\), of the other row 0"),
-        ({"rows": 70}, "and score 70 and 80 rows; evaluate both on the same rows, or, if they are two data sets, name"),
+        ({"rows": 70}, r"and \S+/b lacks 10 of the rows, such as row 70 \(id 'r70'\); if extraction left them out"),
+        (
+            {"rows": 70, "data": 1},
+            "and score 70 and 80 rows; evaluate both on the same rows, or, if they are two",
+        ),
         ({"label_range": (0.0, 100.0)}, "with labels from 0 to 100 and from 0 to 5, by which NRMSE divides"),
         ({"split": "dev"}, "and score the splits dev and test; evaluate the same split of both"),
     ],
@@ -252,6 +256,19 @@ def test_predictions_that_were_cut_off_are_refused(tmp_path, cut):
     path.write_text("\n".join(path.read_text().splitlines()[:-cut]) + "\n")
     with pytest.raises(RunError, match=r"predictions.csv is cut off"):
         load_places([Source(tmp_path / "r")])
+
+
+def test_one_llm_under_two_names_is_told(tmp_path):
+    for name, model, files in (("a", "org/Smol", "weights 11"), ("b", "Smol", "weights 11"), ("c", "other", "")):
+        write_report(tmp_path / name, grid(relish1=0.5), model=model, meta={"backbone files": files})
+    first, second, third = load_places([Source(tmp_path / name) for name in "abc"])
+    assert second.notes == [
+        f"this LLM has the files of org/Smol, and is compared apart from it; if they are one, name it alike: "
+        f",org/Smol={tmp_path / 'b'}"
+    ]
+    assert first.notes == third.notes == []
+    for place in load_places([Source(tmp_path / "a"), Source(tmp_path / "b", backbone="another prompt")]):
+        assert place.notes == []
 
 
 def test_two_llms_of_one_name_are_not_joined(tmp_path):

@@ -116,8 +116,11 @@ def test_a_tuning_may_have_several_reports_of_a_layer(tmp_path):
         for seed in (0, 1)
         for number, cells in enumerate((grid(relish1=ERRORS[seed]), grid(mlp=ERRORS[seed])))
     ]
+    for source in sources:
+        edit(source.path, lambda results: results["meta"].update({"training rows": 1000, "adapter rows": "900"}))
     (place,) = load_places(sources)
     assert [(e.method.label, e.seed_count) for e in place.entries] == [("mlp on lora", 6), ("relish, L = 1 on lora", 6)]
+    assert place.notes == ["lora: the LLM was tuned on 900 rows, and heads on its states on 1,000"]
 
 
 @pytest.mark.parametrize(

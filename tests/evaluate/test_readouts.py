@@ -277,10 +277,9 @@ def test_a_cache_alone_is_evaluated_by_its_answers(folder, runs, run_cli, tmp_pa
     assert alone["cells"][0]["val_nrmse"] is not None
     assert not {"layer", "training rows", "epochs"} & set(alone["meta"])
     # Examples are from the rows that heads learn from.
-    assert [alone["meta"][name] for name in ("model", "training data")] == [
-        beside["meta"][name] for name in ("model", "training data")
-    ]
-    assert (tmp_path / "report" / "report.html").exists() or pytest.importorskip("matplotlib")
+    learned = ("model", "training data", "validation data")
+    assert [alone["meta"][name] for name in learned] == [beside["meta"][name] for name in learned]
+    assert (tmp_path / "report" / "report.html").exists()
     refused = run_cli("evaluate", folder, "--cache", folder)
     assert refused.stderr == (
         f"error: {folder} is a cache itself; leave --cache out, or give the folder of its heads\n"

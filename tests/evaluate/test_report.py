@@ -94,9 +94,28 @@ def test_headline_names_the_best_group_and_its_figures():
     results = make()
     pearson = results.best.metrics["pearson"]
     assert headline(results) == (
-        f"RELISH with L = 2 reaches a Pearson correlation of {pearson['mean']:.3f} (95 % interval "
-        f"{pearson['ci95'][0]:.3f} to {pearson['ci95'][1]:.3f}) on the 60 rows of test, averaged over 2 seeds; it is "
+        "RELISH with L = 2, the best of 3 on these rows (which flatters it), reaches a Pearson correlation of "
+        f"{pearson['mean']:.3f} (95 % interval {pearson['ci95'][0]:.3f} to {pearson['ci95'][1]:.3f}) on the 60 rows of "
+        "test, averaged over 2 seeds; it is "
         f"{results.best.metrics['mae']['mean']:.3f} off on average, on a scale from 0 to 5."
+    )
+
+
+def test_where_there_are_validation_figures_these_choose():
+    results = make()
+    given = zip(results.cells, results.predictions, strict=True)
+    val = {("relish", 1): 0.1, ("relish", 2): 0.2, ("ridge", 0): 0.3, ("mlp", 0): 0.15}
+    cells = [CellPredictions(c.head, c.depth, c.seed, 9, p, val_nrmse=val[c.head, c.depth]) for c, p in given]
+    better = next(cell.values for cell in cells if cell.depth == 2)
+    cells.append(CellPredictions("mlp", 0, 0, 9, better, val_nrmse=0.15))
+    chosen = summarise("test", (0, 5), results.ids, range(ROWS), results.target, cells, {})
+    assert chosen.best.label == "relish, L = 1"
+    assert headline(chosen).startswith("RELISH with L = 1, which the validation rows choose, reaches a Pearson")
+    figures = {group.label: group.metrics["pearson"]["mean"] for group in chosen.groups}
+    gap = figures["mlp"] - figures["relish, L = 1"]
+    assert gap > 0
+    assert comparison(chosen) == (
+        f"That is {gap:.3f} below the best head of another kind on the validation rows, mlp ({figures['mlp']:.3f})."
     )
 
 

@@ -34,7 +34,8 @@ def sample(rows, seeds=1, noise=(0.5, 1.5), seed=0, decimals=2):
 
 
 def compare(target, ours, theirs, draws=400, seed=0):
-    drawn = [resampled_figures(target, lines, RANGE, draw_rows(len(target), draws)) for lines in (ours, theirs)]
+    rows = draw_rows(len(target), draws)
+    drawn = [resampled_figures(target, lines, RANGE, rows).mean(axis=0) for lines in (ours, theirs)]
     return differences(
         target, ours, theirs, RANGE, our_resamples=drawn[0], their_resamples=drawn[1], permutations=draws, seed=seed
     )

@@ -2,6 +2,7 @@ import csv
 import io
 import json
 import math
+import os
 import re
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from relish.cache.errors import RelishError
-from relish.evaluate import files, tables
+from relish.evaluate import tables
 from relish.evaluate.files import results_json, write_results
 from relish.evaluate.summary import EXTRAS, CellPredictions, summarise
 from relish.evaluate.tables import print_table, to_latex, to_markdown
@@ -155,17 +156,30 @@ def test_files(tmp_path):
     np.testing.assert_array_equal(again, results.predictions[-1])
 
 
-def test_files_are_replaced_whole(tmp_path, monkeypatch):
-    write_results(make(split="old"), tmp_path)
+@pytest.mark.parametrize("done", [0, 1, 2])
+def test_files_are_replaced_whole(tmp_path, monkeypatch, done):
+    def contents(folder):
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    def fail(*_, **__):
-        raise OSError("disk full")
+    old, new = make(), make([("relish", 3, 0)])
+    for name, results in (("old", old), ("new", new), ("report", old)):
+        write_results(results, tmp_path / name)
+    real, left = os.replace, done
 
-    monkeypatch.setattr(files.io, "StringIO", fail)
+    def replace(*names):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError("disk full")
+        real(*names)
+
+    monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(OSError, match="disk full"):
-        write_results(make(split="new"), tmp_path)
-    assert len((tmp_path / "results.csv").read_text("utf-8").splitlines()) == 6
-    assert not [path for path in tmp_path.iterdir() if path.suffix == ".tmp"]
+        write_results(new, tmp_path / "report")
+    before, after, wanted = (contents(tmp_path / name) for name in ("old", "report", "new"))
+    assert after.keys() == before.keys()
+    assert [name for name in before if after[name] not in (before[name], wanted[name])] == []
+    assert [after[name] == wanted[name] for name in before].count(True) == done
 
 
 def test_a_cell_that_failed_keeps_its_place_and_counts_in_no_group(tmp_path):

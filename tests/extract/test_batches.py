@@ -98,7 +98,7 @@ def test_a_single_row_that_does_not_fit_is_named_by_its_length(error):
 def test_nobody_is_told_to_cut_rows_that_must_stay_whole():
     forward, _ = memory([4096], 100)
     with pytest.raises(BackboneError) as caught:
-        list(run_in_batches([4096], Budget(8192), forward, whole=True))
+        list(run_in_batches([4096], Budget(8192), forward, shorten=""))
     assert str(caught.value) == (
         "out of memory on a single row of 4,096 tokens; use a smaller --compute-dtype, or a device with more memory"
     )

@@ -246,7 +246,7 @@ def test_nan_is_an_error_and_not_an_answer(tiny_model, monkeypatch):
     one, whole, tokenizer = make(tiny_model("llama"))
     monkeypatch.setattr(generator, "tree_logits", lambda *_, **__: torch.full((1, 400), torch.nan))
     nothing = one.read_prefix(whole[0][:0])
-    message = "tiny-llama gives NaN or infinity in float32; try --compute-dtype float32"
+    message = "tiny-llama gives NaN or infinity in float32; try another copy of the weights"
     with pytest.raises(BackboneError, match=message):
         one.greedy(whole[:1], nothing)
     monkeypatch.setattr(generator, "score_candidates", lambda *_, **__: torch.full((1, 11), torch.nan))

@@ -64,7 +64,7 @@ def test_the_row_is_named_before_its_shard_is_kept(extract, spoil, tiny_rows, tm
     what = (
         "a hidden state of 70,000, and float16 ends at 65,504; nothing of its shard was kept. Try --dtype bfloat16"
         if bad == "large"
-        else "NaN or infinity in its hidden states; nothing of its shard was kept. Try --compute-dtype float32"
+        else "NaN or infinity in its hidden states; nothing of its shard was kept. Try another copy of the weights"
     )
     name = f"row 5 of train (id {tiny_rows(12)[5]['id']!r})"
     assert f"error: {name} has {what}, or --on-nonfinite skip to leave such rows out\n" in result.stderr

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -14,12 +15,13 @@ from relish.cache.manifest import load_manifest
 from relish.cache.reader import open_cache
 from relish.cache.readouts import PART_ROWS, load_readouts, part_files
 from relish.evaluate.results import evaluate_runs
-from relish.extract import readouts
+from relish.extract import candidates, generator, readouts
 from relish.extract.generator import NEW_TOKENS, Generator
 from relish.extract.pipeline import extract_cache
 from relish.extract.readouts import SAMPLES
 from relish.extract.settings import ExtractSettings, parse_readouts, parse_shots
 
+from ..heard import Heard
 from ..waiting import wait_until
 
 PROMPT = "{text}\nScore:"
@@ -228,6 +230,47 @@ def test_running_out_of_memory_halves_the_batches(settings, tmp_path, monkeypatc
     monkeypatch.setattr(Generator, "greedy", greedy)
     extract_cache(tmp_path / "b", settings(readouts=("greedy",)))
     assert tried[0] > 2 >= tried[-1]
+    same_answers(read(tmp_path / "a"), read(tmp_path / "b"))
+
+
+@pytest.mark.parametrize(
+    ("shots", "advice"), [(2, "use fewer --shots, a smaller --compute-dtype"), (0, "use a smaller --compute-dtype")]
+)
+def test_a_prompt_that_does_not_fit_the_memory_is_told_whole(settings, tmp_path, monkeypatch, shots, advice):
+    import torch
+    from transformers import AutoTokenizer
+
+    def greedy(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(Generator, "greedy", greedy)
+    asked = settings(readouts=("greedy",), shots=(shots,))
+    with pytest.raises(BackboneError) as caught:
+        extract_cache(tmp_path / "c", asked)
+    found = re.match(rf"out of memory on a single row of (\d+) tokens; {advice}", str(caught.value))
+    assert found is not None, caught.value
+    tokenizer = AutoTokenizer.from_pretrained(asked.model)
+    alone = max(len(tokenizer(PROMPT.format(text=row["text"]))["input_ids"]) for row in asked.data["test"])
+    assert int(found[1]) == alone if shots == 0 else int(found[1]) > 2 * alone
+
+
+def test_an_llm_that_takes_no_trees_answers_alike_within_the_budget(settings, tmp_path, monkeypatch):
+    asked = {"readouts": KINDS, "shots": (2,), "batch_tokens": 200}
+    extract_cache(tmp_path / "a", settings(**asked))
+    for module in (generator, candidates):
+        monkeypatch.setattr(module, "takes_trees", lambda _model: False)
+    real, passes = Generator.candidates, []
+
+    def counted(self, rows, prefix, grid):
+        passes.append((len(rows), prefix.length + max(map(len, rows))))
+        return real(self, rows, prefix, grid)
+
+    monkeypatch.setattr(Generator, "candidates", counted)
+    heard = Heard()
+    extract_cache(tmp_path / "b", settings(**asked), progress=heard)
+    assert all(count * length <= 200 or count == 1 for count, length in passes)
+    assert any("every answer is computed from its first token on" in note for note in heard.notes)
+    assert not any("read once for all rows" in note for note in heard.notes)
     same_answers(read(tmp_path / "a"), read(tmp_path / "b"))
 
 

@@ -121,8 +121,18 @@ def test_a_value_that_is_not_finite_is_named_by_row(bad, dtype):
         sink.put(range(4), values)
     assert str(caught.value) == (
         "row 2 of train (id 'r2') has NaN or infinity in its hidden states; nothing of its shard was kept. "
-        "Try --compute-dtype float32, or --on-nonfinite skip to leave such rows out"
+        "Try another copy of the weights, or --on-nonfinite skip to leave such rows out"
     )
+
+
+def test_in_a_narrower_type_a_wider_one_is_to_be_tried():
+    shard, values = Shard("float32"), states().bfloat16()
+    values[0, 1, 2, 4] = torch.nan
+    with (
+        pytest.raises(DataError, match="Try --compute-dtype float32, or --on-nonfinite skip"),
+        open_sink(shard) as sink,
+    ):
+        sink.put(range(4), values)
 
 
 def test_two_infinities_that_cancel_are_found():

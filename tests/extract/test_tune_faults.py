@@ -73,6 +73,19 @@ def test_an_encoder_is_refused(tune_settings, tmp_path):
     assert str(caught.value) == "tiny-bert is an encoder (bert), and only causal LMs can be tuned"
 
 
+def test_an_architecture_that_peft_refuses_is_said(tune_settings, tiny_model, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig
+
+    config = MambaConfig(vocab_size=321, hidden_size=16, num_hidden_layers=2, state_size=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "mamba")
+    AutoTokenizer.from_pretrained(tiny_model("llama")).save_pretrained(tmp_path / "mamba")
+    with pytest.raises(BackboneError) as caught:
+        tune_adapter(tmp_path / "a", tune_settings(model=tmp_path / "mamba", max_length=64))
+    assert re.match(
+        r"peft puts no LoRA adapter on an LLM of the kind mamba \(.*Mamba.*\); tune another LLM$", str(caught.value)
+    )
+
+
 def test_without_peft_the_extra_is_named(tune_settings, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     with pytest.raises(MissingExtraError) as caught:
@@ -135,7 +148,10 @@ def test_a_loss_or_a_prediction_that_is_not_finite_ends_it(tune_settings, tmp_pa
     with pytest.raises(AdapterError) as caught:
         tune_adapter(tmp_path / "a", tune_settings())
     later = f"the loss was no longer finite after step {step}; tune into another folder with a lower --lr"
-    first = "the first loss is not finite, before any step; tune with --compute-dtype float32"
+    first = (
+        "the first loss is not finite, before any step; tune with --compute-dtype float32, or, if this is what it had, "
+        "from another copy of the weights"
+    )
     assert str(caught.value) == (later if step else first)
 
 

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ..extract.options import AsJson, BatchTokens, Device, GgufFile, Revision, TrustRemoteCode
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
@@ -33,7 +35,7 @@ def evaluate(
         typer.Option(metavar="REPORT_DIR", help="Folder for results, predictions, plots and report.html."),
     ] = None,
     format_: Annotated[Format, typer.Option("--format", help="How the table is printed.")] = Format.table,
-    device: Annotated[str, typer.Option(help="cuda, mps, cpu or auto.")] = "auto",
+    device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of a table.")] = False,
 ) -> None:
     """Score every trained head on a split: figures per head and depth over the seeds, with 95 % intervals.
@@ -139,22 +141,17 @@ def predict(
     model: Annotated[str, typer.Option("--model", help="The backbone the head was trained on.")],
     data: Annotated[Path, typer.Option("--data", help="CSV, TSV, JSONL or Parquet with the prompt's columns.")],
     out: Annotated[Path, typer.Option("--out", help="CSV to write: the input's columns and score.")],
-    gguf_file: Annotated[str | None, typer.Option(help="Name of the GGUF inside the folder or repository.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that the model's repository ships.")
-    ] = False,
+    gguf_file: GgufFile = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     adapter: Annotated[
         Path | None, typer.Option("--adapter", help="Folder of the adapter that the head's cache was extracted with.")
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="Refuse unless this is the head's prompt.")] = None,
     layer: Annotated[str | None, typer.Option(help="Refuse unless this is the head's layer, or mix.")] = None,
-    device: Annotated[str, typer.Option(help="cuda, mps, cpu or auto.")] = "auto",
-    batch_tokens: Annotated[
-        int | None,
-        typer.Option(help="Token slots of a forward pass; default 16384 on a GPU, 512 a thread on the CPU."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    device: Device = "auto",
+    batch_tokens: BatchTokens = None,
+    as_json: AsJson = False,
 ) -> None:
     """Score new texts with trained heads and their backbone.
 

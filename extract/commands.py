@@ -10,6 +10,27 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..cache.errors import CacheError
+from .options import (
+    AsJson,
+    BatchTokens,
+    ChatTemplate,
+    ComputeDtype,
+    Device,
+    GgufFile,
+    Hub,
+    HubConfig,
+    HubRevision,
+    HubSplits,
+    IdColumn,
+    LabelRange,
+    MaxLength,
+    Prompt,
+    Revision,
+    TargetColumn,
+    Task,
+    Truncate,
+    TrustRemoteCode,
+)
 from .tune_command import tune
 
 if TYPE_CHECKING:
@@ -26,35 +47,23 @@ def register(app: typer.Typer) -> None:
 def extract(
     cache: Annotated[Path, typer.Argument(metavar="CACHE", help="Folder of the cache, made if it is not there.")],
     model: Annotated[str, typer.Option("--model", help="Hub id, local folder or GGUF file of a causal LM or encoder.")],
-    gguf_file: Annotated[str | None, typer.Option(help="Name of the GGUF inside that folder or repository.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that the model's repository ships.")
-    ] = False,
-    task: Annotated[
-        str | None, typer.Option("--task", help="Preset: stsb, sick, wmt-en-zh, wmt-ru-en or wmt-si-en.")
-    ] = None,
+    gguf_file: GgufFile = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    task: Task = None,
     data: Annotated[
         list[str] | None,
         typer.Option("--data", metavar="SPLIT=FILE", help="CSV, TSV, JSONL or Parquet; once for each split."),
     ] = None,
-    hub: Annotated[str | None, typer.Option("--hub", help="Hub id of a data set, instead of --data.")] = None,
-    hub_config: Annotated[str | None, typer.Option(help="Configuration of that data set.")] = None,
-    hub_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of its repository.")] = None,
-    hub_splits: Annotated[
-        str | None, typer.Option(metavar="SPLIT,...", help="Splits to take of it; default all.")
-    ] = None,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", help='Template over column names: "{title}: {text}".')
-    ] = None,
-    chat_template: Annotated[
-        bool, typer.Option("--chat-template", help="Put the prompt through the model's chat template.")
-    ] = False,
-    target_column: Annotated[str | None, typer.Option(help="Column of the gold score.")] = None,
-    id_column: Annotated[str | None, typer.Option(help="Column of the rows' ids.")] = None,
-    label_range: Annotated[
-        str | None, typer.Option(metavar="LOW,HIGH", help="Smallest and largest possible score.")
-    ] = None,
+    hub: Hub = None,
+    hub_config: HubConfig = None,
+    hub_revision: HubRevision = None,
+    hub_splits: HubSplits = None,
+    prompt: Prompt = None,
+    chat_template: ChatTemplate = False,
+    target_column: TargetColumn = None,
+    id_column: IdColumn = None,
+    label_range: LabelRange = None,
     adapter: Annotated[
         Path | None, typer.Option("--adapter", metavar="ADAPTER", help="Folder of an adapter to merge into the model.")
     ] = None,
@@ -62,20 +71,11 @@ def extract(
         str, typer.Option(help="last, indices or fractions of the depth: 12, 0.5, or several: 0.5,last.")
     ] = "last",
     dtype: Annotated[str, typer.Option(help="Storage type: bfloat16, float16 or float32.")] = "bfloat16",
-    compute_dtype: Annotated[
-        str, typer.Option(help="Type the backbone runs in; auto: the checkpoint's own on cuda, float32 elsewhere.")
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="cuda, mps, cpu or auto.")] = "auto",
-    max_length: Annotated[
-        int | None, typer.Option(help="Longest row in tokens; default the backbone's context.")
-    ] = None,
-    truncate: Annotated[
-        bool, typer.Option("--truncate", help="Cut longer rows at their end, the prompt's end included.")
-    ] = False,
-    batch_tokens: Annotated[
-        int | None,
-        typer.Option(help="Token slots of a forward pass; default 16384 on a GPU, 512 a thread on the CPU."),
-    ] = None,
+    compute_dtype: ComputeDtype = "auto",
+    device: Device = "auto",
+    max_length: MaxLength = None,
+    truncate: Truncate = False,
+    batch_tokens: BatchTokens = None,
     shard_rows: Annotated[int, typer.Option(help="Most rows in a shard.")] = 4096,
     on_nonfinite: Annotated[
         str, typer.Option(help="A row with NaN, infinity or a value beyond --dtype: error, or skip to leave it out.")
@@ -91,7 +91,7 @@ def extract(
     shots: Annotated[
         str, typer.Option(metavar="N,...", help="Solved examples in the prompt of readouts: 0, or several: 0,128.")
     ] = "0",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run the frozen LLM over texts once and cache its hidden states.
 

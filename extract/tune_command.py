@@ -8,6 +8,27 @@ from typing import Annotated
 
 import typer
 
+from .options import (
+    AsJson,
+    ChatTemplate,
+    ComputeDtype,
+    Device,
+    GgufFile,
+    Hub,
+    HubConfig,
+    HubRevision,
+    HubSplits,
+    IdColumn,
+    LabelRange,
+    MaxLength,
+    Prompt,
+    Revision,
+    TargetColumn,
+    Task,
+    Truncate,
+    TrustRemoteCode,
+)
+
 
 def tune(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of the adapter, made if it is not there.")],
@@ -16,41 +37,25 @@ def tune(
         str,
         typer.Option("--method", help="lora: a regression head, trained with it; raft: the expected score of answers."),
     ],
-    gguf_file: Annotated[str | None, typer.Option(help="Name of the GGUF inside that folder or repository.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that the model's repository ships.")
-    ] = False,
-    task: Annotated[
-        str | None, typer.Option("--task", help="Preset: stsb, sick, wmt-en-zh, wmt-ru-en or wmt-si-en.")
-    ] = None,
+    gguf_file: GgufFile = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    task: Task = None,
     data: Annotated[
         list[str] | None,
         typer.Option("--data", metavar="SPLIT=FILE", help="CSV, TSV, JSONL or Parquet: train, and dev for validation."),
     ] = None,
-    hub: Annotated[str | None, typer.Option("--hub", help="Hub id of a data set, instead of --data.")] = None,
-    hub_config: Annotated[str | None, typer.Option(help="Configuration of that data set.")] = None,
-    hub_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of its repository.")] = None,
-    hub_splits: Annotated[
-        str | None, typer.Option(metavar="SPLIT,...", help="Splits to take of it; default all.")
-    ] = None,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", help='Template over column names: "{title}: {text}".')
-    ] = None,
-    chat_template: Annotated[
-        bool, typer.Option("--chat-template", help="Put the prompt through the model's chat template.")
-    ] = False,
-    target_column: Annotated[str | None, typer.Option(help="Column of the gold score.")] = None,
-    id_column: Annotated[str | None, typer.Option(help="Column of the rows' ids.")] = None,
-    label_range: Annotated[
-        str | None, typer.Option(metavar="LOW,HIGH", help="Smallest and largest possible score.")
-    ] = None,
-    max_length: Annotated[
-        int | None, typer.Option(help="Longest row in tokens; default the backbone's context.")
-    ] = None,
-    truncate: Annotated[
-        bool, typer.Option("--truncate", help="Cut longer rows at their end, the prompt's end included.")
-    ] = False,
+    hub: Hub = None,
+    hub_config: HubConfig = None,
+    hub_revision: HubRevision = None,
+    hub_splits: HubSplits = None,
+    prompt: Prompt = None,
+    chat_template: ChatTemplate = False,
+    target_column: TargetColumn = None,
+    id_column: IdColumn = None,
+    label_range: LabelRange = None,
+    max_length: MaxLength = None,
+    truncate: Truncate = False,
     rank: Annotated[int, typer.Option(help="Width of the low-rank products.")] = 8,
     alpha: Annotated[int, typer.Option(help="They are scaled by alpha / rank.")] = 16,
     dropout: Annotated[float, typer.Option(help="On their input, in training.")] = 0.05,
@@ -62,11 +67,9 @@ def tune(
         int | None, typer.Option(help="Train on so many rows only, drawn at random, the same for every seed.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Draws first weights, order of rows and dropout.")] = 0,
-    compute_dtype: Annotated[
-        str, typer.Option(help="Type the backbone runs in; auto: the checkpoint's own on cuda, float32 elsewhere.")
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="cuda, mps, cpu or auto.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    compute_dtype: ComputeDtype = "auto",
+    device: Device = "auto",
+    as_json: AsJson = False,
 ) -> None:
     """Fine-tune an LLM through a small LoRA adapter, which relish extract --adapter then merges into it.
 

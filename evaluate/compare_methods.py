@@ -34,7 +34,7 @@ class Method:
     @property
     def family(self) -> str:
         """A key of FAMILIES."""
-        if self.head.partition("-")[0] == "relish":
+        if self.head == "relish":
             return "hybrid" if self.adapter else "relish"
         if self.adapter:
             return "tuned"

@@ -29,12 +29,14 @@ def refuse_read_only(wanted: Path, folder: Path) -> None:
 
     Args:
         wanted: the file or folder, for people.
-        folder: where new files are to lie; it need not be there yet.
+        folder: where new files are to lie; it and its parents need not be there yet.
 
     Raises:
         RunError: naming both.
     """
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise RunError(f"{wanted} cannot be written: {there} is a file, and no folder; choose another place")
     if not os.access(there, os.W_OK | os.X_OK):
         raise RunError(f"{wanted} cannot be written: no permission in {there}, or a read-only disk; choose another one")
 

@@ -43,7 +43,6 @@ def test_families_and_labels():
         ("linear", 0, "lora"): ("tuned", "linear on lora"),
         ("rail-0shot", 0, "raft"): ("tuned", "rail-0shot on raft"),
         ("relish", 3, ""): ("relish", "relish, L = 3"),
-        ("relish-mix", 3, ""): ("relish", "relish-mix, L = 3"),
         ("relish", 3, "raft"): ("hybrid", "relish, L = 3 on raft"),
     }
     for (head, depth, adapter), (family, label) in found.items():

@@ -17,6 +17,7 @@ from relish.evaluate.results import evaluate_runs
 from relish.train.grid import train_heads
 from relish.train.settings import TrainSettings
 
+from ..disk import fill, small_disk
 from ..train.conftest import write_cache
 from .conftest import SMALL
 from .reports import grid, write_report
@@ -90,6 +91,15 @@ def test_wrong_input_ends_with_code_2_and_one_sentence(trained, reports, tmp_pat
         result = run_cli("compare", *words)
         assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
         assert message in result.stderr
+
+
+def test_a_disk_that_is_full_costs_no_table(reports, tmp_path, run_cli):
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        fill(disk, 8192)
+        result = run_cli("compare", reports[0], *DRAWS, "--format", "markdown", "--out", disk / "c")
+    assert result.exit_code == 2
+    assert "cannot be written (No space left on device)" in result.stderr
+    assert "| Method |" in result.stdout
 
 
 def test_without_the_extra_nothing_is_computed(reports, tmp_path, run_cli, monkeypatch):

@@ -227,6 +227,10 @@ def test_scores_into_a_read_only_folder(predict_words, tmp_path, run_cli):
     out = tmp_path / "r"
     assert result.stderr.startswith(f"error: {out / 'scores.csv'} cannot be written: no permission in {out}, or a")
     assert "loading" not in result.stderr
+    (tmp_path / "file").touch()
+    result = run_cli(*predict_words, tmp_path / "file" / "below" / "scores.csv")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert f"scores.csv cannot be written: {tmp_path / 'file'} is a file, and no folder; choose" in result.stderr
 
 
 # signals

@@ -37,8 +37,9 @@ def add_adapter(peft: Any, model: Any, settings: TuneSettings) -> Any:
         try:
             adapted = peft.get_peft_model(model, config)
         except ValueError as error:  # of architectures that peft refuses, such as Mamba's
+            why = str(error).partition(". ")[0]
             raise BackboneError(
-                f"peft puts no LoRA adapter on an LLM of the kind {model.config.model_type} ({error}); tune another LLM"
+                f"peft puts no LoRA adapter on an LLM of the kind {model.config.model_type} ({why}); tune another LLM"
             ) from None
     for module in adapted.modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):

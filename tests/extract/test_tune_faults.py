@@ -82,7 +82,8 @@ def test_an_architecture_that_peft_refuses_is_said(tune_settings, tiny_model, tm
     with pytest.raises(BackboneError) as caught:
         tune_adapter(tmp_path / "a", tune_settings(model=tmp_path / "mamba", max_length=64))
     assert re.match(
-        r"peft puts no LoRA adapter on an LLM of the kind mamba \(.*Mamba.*\); tune another LLM$", str(caught.value)
+        r"peft puts no LoRA adapter on an LLM of the kind mamba \(.*Mamba-based models \(model_type='mamba'\)\); tune another LLM$",
+        str(caught.value),
     )
 
 

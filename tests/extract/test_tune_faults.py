@@ -81,10 +81,8 @@ def test_an_architecture_that_peft_refuses_is_said(tune_settings, tiny_model, tm
     AutoTokenizer.from_pretrained(tiny_model("llama")).save_pretrained(tmp_path / "mamba")
     with pytest.raises(BackboneError) as caught:
         tune_adapter(tmp_path / "a", tune_settings(model=tmp_path / "mamba", max_length=64))
-    assert re.match(
-        r"peft puts no LoRA adapter on an LLM of the kind mamba \(.*Mamba-based models \(model_type='mamba'\)\); tune another LLM$",
-        str(caught.value),
-    )
+    said = r"peft puts no LoRA adapter on an LLM of the kind mamba \(.*Mamba-based models \(.*\)\); tune another LLM$"
+    assert re.match(said, str(caught.value))
 
 
 def test_without_peft_the_extra_is_named(tune_settings, tmp_path, monkeypatch):

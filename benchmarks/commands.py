@@ -20,7 +20,7 @@ class Step:
     """Unique; of the log and of the note that it is done."""
     words: list[str]
     needs: tuple[str, ...] = ()
-    """Names of the steps that come before it."""
+    """Names of the steps that come before it, where they are run as well."""
     late: Callable[[], list[str]] = list
     """More words, which only those steps give."""
     may_fail: str = ""
@@ -30,7 +30,7 @@ class Step:
 def run_all(plan: list[Step], work: Path, jobs: int) -> Iterator[Step]:
     """Run so many steps at once, earlier ones first; each is given as it ends."""
     order = {step.name: place for place, step in enumerate(plan)}
-    waits = TopologicalSorter({step.name: step.needs for step in plan})
+    waits = TopologicalSorter({step.name: [need for need in step.needs if need in order] for step in plan})
     waits.prepare()
     ready: list[int] = []
     running: dict[Future[None], Step] = {}

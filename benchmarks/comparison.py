@@ -11,9 +11,10 @@ DATA holds stsb/, sick/ and wmt-mlqe-pe/ with their published files. The same ro
 every family of a data set: for shots, for tuning and for the heads. Each step is a `relish` command that goes on where
 it stopped, and finished steps are noted in WORK/done: the same command goes on after an interruption, and with more
 tasks it adds to what is there. A data set and backbone has three parts: heads on the frozen LLM, what it answers to
-prompts, and the fine-tuned LLM with its heads. With --kept, the reports of each finished part are packed into that
-folder, and those that are there already are not run again: the tables can be made from there on another machine. A
-part that was run by another plan is refused; the committed ones have none packed with them, and are taken as they are.
+prompts, and the fine-tuned LLM with its heads; each further seed of the tuning is a part as well. With --kept, the
+reports of each finished part are packed into that folder, and those that are there already are not run again: the
+tables can be made from there on another machine. A part that was run by another plan is refused; one with
+which none was packed, as with most of the committed ones, is taken as it is.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import json
 import random
 import re
 import shutil
+import string
 import subprocess
 import sys
 import tarfile
@@ -39,6 +41,7 @@ from comparison_plan import (
     Plan,
     frozen_steps,
     prompted_steps,
+    seeded_steps,
     sourced,
     tuned_steps,
 )
@@ -64,11 +67,11 @@ STEPS = {"frozen": frozen_steps, "prompted": prompted_steps, "tuned": tuned_step
 PLAN = "plan.json"
 MACHINE = "machine.json"
 UNUSED = {
-    "frozen": ("shots", "tuned_depths", "rates", "tuning_seeds", "tune"),
-    "prompted": ("layers", "depths", "depth", "tuned_depths", "seeds", "rates", "tuning_seeds", "tune", "train"),
+    "frozen": ("shots", "tuned_depths", "rates", "tune"),
+    "prompted": ("layers", "depths", "depth", "tuned_depths", "seeds", "rates", "tune", "train"),
     "tuned": ("shots", "depths"),
 }
-"""What of a plan a part does not depend on."""
+"""What of a plan a part does not depend on; one of a further seed as the first."""
 BACKBONES = {"smollm2": smollm2_folder, "gemma3": gemma3_folder}
 
 
@@ -124,13 +127,20 @@ def is_kept(target: Path, plan: Plan) -> bool:
         there = json.loads(found.read()) if found is not None else None
     here, default = (json.loads(json.dumps(asdict(one))) for one in (plan, Plan({})))
     there = here if there is None else {**default, **there}  # what it does not name had no other value then
-    without = UNUSED[target.name.removesuffix(".tar.xz").rpartition("-")[2]]
+    without = UNUSED[target.name.removesuffix(".tar.xz").rpartition("-")[2].rstrip(string.digits)]
     different = [name for name in {**here, **there} if name not in without and there.get(name) != here.get(name)]
     if different:
         changes = ", ".join(f"{name} {there.get(name)} there and {here.get(name)} here" for name in different)
         raise SystemExit(f"{target} was run by another plan ({changes}); give another folder with --kept")
     print(f"taken from {target.parent}: {target.name}", flush=True)
     return True
+
+
+def bring_back(packed: Path, folder: Path) -> Path:
+    """How each adapter of a kept part was tuned, unpacked into a folder."""
+    with tarfile.open(packed) as archive:
+        archive.extractall(folder, [one for one in archive if Path(one.name).name == TUNED], filter="data")
+    return folder
 
 
 def unpack(folder: Path, work: Path) -> list[Path]:
@@ -181,9 +191,11 @@ def main() -> None:
     plan = Plan(
         counts,
         rates=tuple(given.rates.split(",")),
-        tuning_seeds=tuple(given.tuning_seeds.split(",")) if given.tuning_seeds else (),
         compute=("--compute-dtype", given.compute_dtype),
     )
+    names, seeds = given.parts.split(","), "1" if given.small else given.tuning_seeds
+    if seeds and "tuned" in names:
+        names += [f"tuned{seed}" for seed in seeds.split(",")]
     tasks = [task for task in given.tasks.split(",") if task]
     backbones = {name: BACKBONES[name] for name in given.backbones.split(",")}
     if given.small:
@@ -202,7 +214,7 @@ def main() -> None:
     parts: dict[Path, list[Step]] = {}
     for backbone, find in backbones.items():
         for task in tasks:
-            targets = {part: kept / f"{task}-{backbone}-{part}.tar.xz" for part in given.parts.split(",")}
+            targets = {part: kept / f"{task}-{backbone}-{part}.tar.xz" for part in names}
             targets = {part: target for part, target in targets.items() if not is_kept(target, plan)}
             if not targets:
                 continue
@@ -210,7 +222,13 @@ def main() -> None:
             files = drawn(task)
             cell = Cell(work / task / backbone, f"{task}-{backbone}", model, sourced(model, task, files, plan))
             for part, target in targets.items():
-                parts[target] = STEPS[part](cell, plan)
+                if part in STEPS:
+                    parts[target] = STEPS[part](cell, plan)
+                    continue
+                packed, first = kept / f"{task}-{backbone}-tuned.tar.xz", cell.home
+                if packed.exists():
+                    first = bring_back(packed, work / "first" / cell.tag)
+                parts[target] = seeded_steps(cell, plan, part.removeprefix("tuned"), first)
     left = {target: {step.name for step in own} for target, own in parts.items()}
     for step in run_all([step for own in parts.values() for step in own], work, given.jobs):
         for target, names in left.items():
@@ -248,7 +266,6 @@ def small_plan() -> Plan:
         seeds="0",
         depth="1",
         rates=("3e-4", "1e-3"),
-        tuning_seeds=("1",),
         tune=("--epochs", "1"),
         train=("--epochs", "1", "--latent-size", "8", "--num-heads", "2"),
     )

@@ -33,8 +33,6 @@ class Plan:
     rates: tuple[str, ...] = ("3e-4", "1e-3", "2e-3")
     """Learning rates that each method of tuning has to choose from on each data set, by its validation rows. Heads have
     one rate and weight decay for all, found by one search for each (recipe-log.md)."""
-    tuning_seeds: tuple[str, ...] = ()
-    """Seeds of further tunings, at the rate that is best with seed 0; `relish compare` pools them."""
     tune: tuple[str, ...] = ()
     """More options of `relish tune`."""
     train: tuple[str, ...] = ()
@@ -99,23 +97,40 @@ def prompted_steps(cell: Cell, plan: Plan) -> list[Step]:
 
 
 def tuned_steps(cell: Cell, plan: Plan) -> list[Step]:
-    """Adapters at each rate, heads on the LLM with the best, and what the LLM that was tuned to answer does answer; the
-    same once more for each further seed of the tuning."""
-    return [step for method in METHODS for step in _tuned_by(cell, plan, method)]
+    """Adapters at each rate, heads on the LLM with the best, and what the LLM that was tuned to answer does answer."""
+    found = []
+    for method in METHODS:
+        folders = _by_rate(cell.home, plan, method)
+        tunings = [cell.tune(f"{method}-{rate}", method, "--lr", rate, *plan.tune) for rate in folders]
+        found += [replace(tune, may_fail=DIVERGED) for tune in tunings]
+        needs = tuple(f"tune-{method}-{rate}" for rate in folders)
+        found += _on_tuned(cell, plan, method, method, needs, partial(_best_adapter, folders))
+    return found
 
 
-def _tuned_by(cell: Cell, plan: Plan, method: str) -> list[Step]:
-    folders = {rate: cell.home / f"{method}-{rate}" for rate in plan.rates}
-    rates = tuple(f"tune-{method}-{rate}" for rate in folders)
-    tunings = [cell.tune(f"{method}-{rate}", method, "--lr", rate, *plan.tune) for rate in folders]
-    found = [replace(tune, may_fail=DIVERGED) for tune in tunings]
-    found += _on_tuned(cell, plan, method, method, rates, lambda: folders[_best(folders)])
-    for seed in plan.tuning_seeds:
-        name = f"{method}-seed{seed}"
-        tune = cell.tune(name, method, "--seed", seed, *plan.tune, needs=rates)
-        found.append(replace(tune, late=lambda: ["--lr", _best(folders)]))
+def seeded_steps(cell: Cell, plan: Plan, seed: str, first: Path) -> list[Step]:
+    """The same with one more tuning, of another seed, at the rate that is best with the first one, whose tune.json lie
+    below `first`; `relish compare` pools them."""
+    found = []
+    for method in METHODS:
+        folders, name = _by_rate(first, plan, method), f"{method}-seed{seed}"
+        needs = tuple(f"tune-{method}-{rate}" for rate in folders)
+        tune = cell.tune(name, method, "--seed", seed, *plan.tune, needs=needs)
+        found.append(replace(tune, late=partial(_best_rate, folders)))
         found += _on_tuned(cell, plan, method, name, (f"tune-{name}",), partial(cell.home.joinpath, name))
     return found
+
+
+def _by_rate(home: Path, plan: Plan, method: str) -> dict[str, Path]:
+    return {rate: home / f"{method}-{rate}" for rate in plan.rates}
+
+
+def _best_adapter(folders: dict[str, Path]) -> Path:
+    return folders[_best(folders)]
+
+
+def _best_rate(folders: dict[str, Path]) -> list[str]:
+    return ["--lr", _best(folders)]
 
 
 def _on_tuned(

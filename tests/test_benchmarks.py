@@ -107,7 +107,7 @@ def test_comparison(tmp_path):
     # From kept reports, as the tables of RESULTS.md are made.
     work, kept = tmp_path / "work", tmp_path / "kept"
     result, shown = run("comparison.py", tmp_path / "comparison.json", work, "--kept", kept, "--jobs", "2")
-    parts = [f"stsb-tiny-{part}.tar.xz" for part in ("frozen", "prompted", "tuned")]
+    parts = [f"stsb-tiny-{part}.tar.xz" for part in ("frozen", "prompted", "tuned", "tuned1")]
     assert sorted(path.name for path in kept.iterdir()) == parts
     methods = {method["method"] for place in result["places"] for method in place["methods"]}
     families = {"greedy-0shot", "rail-0shot", "rail-samples-2shot", "ridge", "ridge-mean", "attention", "relish, L = 2"}
@@ -148,7 +148,24 @@ def test_comparison(tmp_path):
     assert sum(" ‡ |" in line for line in glance) == 1
     again, shown = run("comparison.py", tmp_path / "again.json", work, "--kept", kept)
     assert again == result
-    assert f"taken from {kept}: {parts[0]}" in shown
+    assert all(f"taken from {kept}: {part}" in shown for part in parts)
+
+    # A further seed of a tuning that was run elsewhere.
+    (kept / parts[3]).unlink()
+    elsewhere = tmp_path / "elsewhere"
+    again, _ = run("comparison.py", tmp_path / "again.json", elsewhere, "--kept", kept, "--jobs", "2")
+    assert sorted(path.name for path in kept.iterdir()) == parts
+    assert {path.name for path in (elsewhere / "done").iterdir()} == {
+        f"stsb-tiny-{step}-{method}-seed1{layer}"
+        for method in ("lora", "raft")
+        for step, layer in (("tune", ""), ("extract", ""), ("train", "-2"), ("evaluate", "-2"))
+    }
+    same = ("method", "seeds", "pearson", "nrmse", "val_nrmse")
+    figures, expected = (
+        [[{name: method[name] for name in same} for method in place["methods"]] for place in found["places"]]
+        for found in (again, result)
+    )
+    assert figures == expected
 
     packed = kept / parts[0]
     with tarfile.open(packed) as archive:
